@@ -99,7 +99,9 @@ class Setup:
     def check_compiler(self):
         compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
         if compiler is None:
-            raise SetupError("no C++ compiler found (tried c++, g++, clang++). On Debian or Ubuntu: apt-get install g++")
+            raise SetupError(
+                "no C++ compiler found (tried c++, g++, clang++). On Debian or Ubuntu: apt-get install g++"
+            )
         key = digest("compiler", compiler)
         if self.is_done("compiler", key):
             return

@@ -1,0 +1,54 @@
+"""Environment variables, read only through the table accelerator/env.inc (C++ uses the same table).
+
+A name that the table lacks is an error, so docs/environment.md, which is made from the table, stays complete.
+"""
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    name: str  # ends in '_' when it is a prefix
+    default: str
+    meaning: str
+
+
+_ENTRY = re.compile(r'^FLAGOS_ENV\("([^"]+)",\s*"([^"]*)",\s*"([^"]*)"\)$', re.MULTILINE)
+
+
+@lru_cache(maxsize=1)
+def table() -> tuple[Variable, ...]:
+    """Every variable, in the order of the file."""
+    here = Path(__file__).resolve().parent
+    # Installed beside this file; in a working copy it is where C++ includes it from.
+    for path in (here / "env.inc", here.parent / "accelerator" / "env.inc"):
+        if path.exists():
+            return tuple(Variable(*match) for match in _ENTRY.findall(path.read_text(encoding="utf-8")))
+    raise FileNotFoundError(f"env.inc is missing beside {__file__}: the installation of torch_fl is incomplete")
+
+
+def get(name: str) -> str | None:
+    """The variable's value; None when it is unset or empty."""
+    if name not in {variable.name for variable in table()}:
+        raise KeyError(f"{name} is not in accelerator/env.inc: add it there with its default and meaning")
+    return os.environ.get(name) or None
+
+
+def flag(name: str) -> bool:
+    """A switch: unset, empty, 0 and OFF are false, 1 and ON are true; anything else is an error."""
+    value = get(name)
+    if value is None or value.upper() in ("0", "OFF"):
+        return False
+    if value.upper() in ("1", "ON"):
+        return True
+    raise ValueError(f"{name}={value}: expected 1 or 0")
+
+
+def with_prefix(prefix: str) -> dict[str, str]:
+    """Every set variable that begins with a prefix of the table, without the prefix."""
+    if prefix not in {variable.name for variable in table()} or not prefix.endswith("_"):
+        raise KeyError(f"{prefix} is not a prefix in accelerator/env.inc")
+    return {name[len(prefix) :]: value for name, value in os.environ.items() if name.startswith(prefix) and value}

@@ -1,0 +1,184 @@
+"""Memory: what is held, what is free, and giving the cache back."""
+
+import pickle
+
+import torch
+
+from torch_fl import _C
+from torch_fl.flagos._device import _checked_index, device_count, get_device_name
+
+
+def empty_cache() -> None:
+    """Gives memory that no tensor uses back to the chip."""
+    torch.accelerator.memory.empty_cache()
+
+
+def memory_stats(device=None) -> dict:
+    """The allocator's statistics under the names that torch.cuda.memory_stats uses."""
+    return torch.accelerator.memory.memory_stats(_checked_index(device))
+
+
+def memory_stats_as_nested_dict(device=None) -> dict:
+    """The same statistics, one dictionary per level of the name."""
+    nested: dict = {}
+    for name, value in memory_stats(device).items():
+        *path, last = name.split(".")
+        level = nested
+        for part in path:
+            level = level.setdefault(part, {})
+        level[last] = value
+    return nested
+
+
+def memory_allocated(device=None) -> int:
+    """Bytes in tensors now."""
+    return memory_stats(device).get("allocated_bytes.all.current", 0)
+
+
+def max_memory_allocated(device=None) -> int:
+    """Most bytes in tensors since the last reset_peak_memory_stats."""
+    return memory_stats(device).get("allocated_bytes.all.peak", 0)
+
+
+def memory_reserved(device=None) -> int:
+    """Bytes taken from the chip now: in tensors or cached."""
+    return memory_stats(device).get("reserved_bytes.all.current", 0)
+
+
+def max_memory_reserved(device=None) -> int:
+    """Most bytes taken from the chip since the last reset_peak_memory_stats."""
+    return memory_stats(device).get("reserved_bytes.all.peak", 0)
+
+
+def reset_peak_memory_stats(device=None) -> None:
+    """Starts the peaks anew from the current values."""
+    torch.accelerator.memory.reset_peak_memory_stats(_checked_index(device))
+
+
+def reset_accumulated_memory_stats(device=None) -> None:
+    """Starts the counts of what was ever allocated and freed anew."""
+    torch.accelerator.memory.reset_accumulated_memory_stats(_checked_index(device))
+
+
+def reset_max_memory_allocated(device=None) -> None:
+    """Another name for reset_peak_memory_stats."""
+    reset_peak_memory_stats(device)
+
+
+def reset_max_memory_cached(device=None) -> None:
+    """Another name for reset_peak_memory_stats."""
+    reset_peak_memory_stats(device)
+
+
+def mem_get_info(device=None) -> tuple[int, int]:
+    """(free, total) bytes of a device, as the chip says."""
+    return _C.mem_info(_checked_index(device))
+
+
+def device_memory_used(device=None) -> int:
+    """Bytes in use on a device by all processes, as the chip says."""
+    free, total = mem_get_info(device)
+    return total - free
+
+
+def get_per_process_memory_fraction(device=None) -> float:
+    """The share of a device's memory that this process may take."""
+    return _C.memory_fraction(_checked_index(device))
+
+
+def set_per_process_memory_fraction(fraction: float, device=None) -> None:
+    """Limits this process to a share of a device's memory; beyond it an allocation raises torch.OutOfMemoryError."""
+    if not isinstance(fraction, (int, float)):
+        raise TypeError(f"fraction must be a number from 0 to 1, got {type(fraction).__name__}")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
+    _C.set_memory_fraction(_checked_index(device), float(fraction))
+
+
+def caching_allocator_alloc(size: int, device=None, stream=None) -> int:
+    """Address of `size` bytes from the allocator, for code outside torch. Free it with caching_allocator_delete."""
+    stream_id = 0 if stream is None else getattr(stream, "stream_id", stream)
+    return _C.raw_alloc(size, _checked_index(device), stream_id)
+
+
+def caching_allocator_delete(mem_ptr: int) -> None:
+    """Gives back what caching_allocator_alloc returned."""
+    _C.raw_delete(mem_ptr)
+
+
+def host_memory_stats() -> dict:
+    """Statistics of the allocator of pinned host memory."""
+    return _C.host_stats()
+
+
+def memory_snapshot() -> list[dict]:
+    """Every segment taken from the chip, with its blocks."""
+    return _C.snapshot()
+
+
+def _snapshot(device=None, augment_with_fx_traces: bool = False) -> dict:
+    segments = memory_snapshot()
+    if device is not None:
+        index = _checked_index(device)
+        segments = [segment for segment in segments if segment["device"] == index]
+    return {"segments": segments, "device_traces": [[] for _ in range(device_count())]}
+
+
+def _dump_snapshot(filename: str = "dump_snapshot.pickle") -> None:
+    """Writes a snapshot in the form that torch's memory viewer reads."""
+    with open(filename, "wb") as file:
+        pickle.dump(_snapshot(), file)
+
+
+def _size(value: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 10240 or unit == "GiB":
+            return f"{value} {unit}"
+        value //= 1024
+    return f"{value} GiB"
+
+
+def memory_summary(device=None, abbreviated: bool = False) -> str:
+    """The statistics as a table to print."""
+    index = _checked_index(device)
+    stats = memory_stats(index)
+    rows = [("allocated", "allocated_bytes"), ("active", "active_bytes"), ("requested", "requested_bytes")]
+    rows += [("reserved", "reserved_bytes"), ("inactive split", "inactive_split_bytes")]
+    counts = [("allocations", "allocation"), ("active blocks", "active"), ("segments", "segment")]
+    pools = ("all",) if abbreviated else ("all", "large_pool", "small_pool")
+    columns = ("current", "peak", "allocated", "freed")
+    lines = [
+        f"flagos:{index} ({get_device_name(index)}): out of memory {stats.get('num_ooms', 0)} times, "
+        f"{stats.get('num_alloc_retries', 0)} retries after freeing the cache",
+        f"{'':<28}" + "".join(f"{column:>14}" for column in columns),
+    ]
+    for title, name, shown in [(*row, _size) for row in rows] + [(*row, str) for row in counts]:
+        for pool in pools:
+            values = [stats.get(f"{name}.{pool}.{column}", 0) for column in columns]
+            label = title if pool == "all" else f"  {pool.replace('_', ' ')}"
+            lines.append(f"{label:<28}" + "".join(f"{shown(value):>14}" for value in values))
+    return "\n".join(lines)
+
+
+__all__ = [
+    "caching_allocator_alloc",
+    "caching_allocator_delete",
+    "device_memory_used",
+    "empty_cache",
+    "get_per_process_memory_fraction",
+    "host_memory_stats",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "mem_get_info",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_snapshot",
+    "memory_stats",
+    "memory_stats_as_nested_dict",
+    "memory_summary",
+    "reset_accumulated_memory_stats",
+    "reset_max_memory_allocated",
+    "reset_max_memory_cached",
+    "reset_peak_memory_stats",
+    "set_per_process_memory_fraction",
+]
