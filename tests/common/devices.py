@@ -20,7 +20,7 @@ def chip_name(device: str) -> str:
         return device
     import torch_fl
 
-    return torch_fl.flagos.chip_name()
+    return torch_fl.chip()
 
 
 def fallback_counts() -> dict[str, int]:

@@ -139,12 +139,13 @@ class Checker:
         self.rtol, self.atol = tolerances(op, dtype)
         self.values = op_name(op).split(".")[0] not in UNINITIALIZED
 
-    def inputs(self, sample, device, grad=False):
+    def inputs(self, sample, device, grad=False, corrupt=False):
         nest = copy_tree(sample.nest(), device, grad)
-        if self.corrupt and device == self.device:
+        if corrupt:
             with torch.no_grad():
                 for tensor in tensors_in(nest):
-                    corrupt_(tensor)
+                    if tensor.dtype is self.dtype:  # not indices: those would leave their range
+                        corrupt_(tensor)
         return nest
 
     def compare(self, actual, expected, where="output", skip=()):
@@ -154,15 +155,15 @@ class Checker:
     # computes and compares. Only errors of the first are forgiven.
 
     def forward(self, sample):
-        def run(device):
-            nest = self.inputs(sample, device)
+        def run(device, corrupt=False):
+            nest = self.inputs(sample, device, False, corrupt)
             torch.manual_seed(sample.seed)
             output = self.op(nest[0], *nest[1], **nest[2])
             return output, nest, alias_pattern(tensors_in(output), tensors_in(nest))
 
         expected, nest_cpu, pattern_cpu = run("cpu")
         yield
-        actual, nest, pattern = run(self.device)
+        actual, nest, pattern = run(self.device, self.corrupt)
         exact = self.compare(actual, expected)
         if pattern != pattern_cpu:
             raise Mismatch(f"aliasing of outputs with inputs is {pattern}, the CPU's is {pattern_cpu}")
@@ -170,8 +171,8 @@ class Checker:
         yield exact
 
     def backward(self, sample):
-        def run(device):
-            nest = self.inputs(sample, device, grad=True)
+        def run(device, corrupt=False):
+            nest = self.inputs(sample, device, True, corrupt)
             torch.manual_seed(sample.seed)
             output = self.op(nest[0], *nest[1], **nest[2])
             if sample.process is not None:
@@ -186,7 +187,7 @@ class Checker:
 
         outputs_cpu, expected = run("cpu")
         yield
-        outputs, actual = run(self.device)
+        outputs, actual = run(self.device, self.corrupt)
         names, names_cpu = ([type(t.grad_fn).__name__ for t in o] for o in (outputs, outputs_cpu))
         # Autograd must see the same graph: a lost grad_fn or a decomposed operator shows here.
         if names != names_cpu and "NativeDropoutBackward0" not in names:
@@ -194,8 +195,8 @@ class Checker:
         yield self.compare(actual, expected, "gradient")
 
     def out(self, sample, kind):
-        def run(device):
-            nest = self.inputs(sample, device)
+        def run(device, corrupt=False):
+            nest = self.inputs(sample, device, False, corrupt)
             like = self.out_like(sample)
             out = tree_map(lambda t: make_out(t, kind, device), like)
             outs = tensors_in(out)
@@ -222,7 +223,7 @@ class Checker:
 
         expected, facts_cpu = run("cpu")
         yield
-        actual, facts = run(self.device)
+        actual, facts = run(self.device, self.corrupt)
         for name, fact in facts_cpu.items():
             if facts[name] != fact:
                 raise Mismatch(f"out={kind}: {name}: {facts[name]}, the CPU's {fact}")
@@ -246,8 +247,8 @@ class Checker:
             raise NotCounted("broadcasts its input")
         variant = self.op.inplace_variant
 
-        def run(device):
-            nest = self.inputs(sample, device)
+        def run(device, corrupt=False):
+            nest = self.inputs(sample, device, False, corrupt)
             target = nest[0]
             if not isinstance(target, (torch.Tensor, list, tuple)):
                 raise NotCounted("input is no tensor")
@@ -267,7 +268,7 @@ class Checker:
 
         expected, targets_cpu, nest_cpu, facts_cpu = run("cpu")
         yield
-        actual, targets, nest, facts = run(self.device)
+        actual, targets, nest, facts = run(self.device, self.corrupt)
         for name, fact in facts_cpu.items():
             if facts[name] != fact:
                 raise Mismatch(f"{name}: {facts[name]}, the CPU's {fact}")
