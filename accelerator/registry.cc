@@ -128,8 +128,8 @@ flagos_status unknown_chip(const std::string& name, const char* source) {
   }
   std::string hint = nearest.empty() ? "" : "; did you mean \"" + nearest + "\"?";
   std::string broken = registry().broken.empty() ? "" : "; " + registry().broken;
-  return fail(FLAGOS_NOT_FOUND, "no chip is named \"%s\" (%s); known chips: %s%s%s", name.c_str(), source, known.c_str(),
-              hint.c_str(), broken.c_str());
+  return fail(FLAGOS_NOT_FOUND, "no chip is named \"%s\" (%s); known chips: %s%s%s", name.c_str(), source,
+              known.c_str(), hint.c_str(), broken.c_str());
 }
 
 flagos_status choose(const char* name, Chip** chosen) {
@@ -178,8 +178,8 @@ void report(Chip& chip, std::string* text) {
 std::string check_table(const flagos_hal* hal, const std::string& origin) {
   std::string ours = std::to_string(FLAGOS_ABI_MAJOR) + "." + std::to_string(FLAGOS_ABI_MINOR);
   if (!hal) {
-    return origin + ": flagos_hal_get(" + std::to_string(FLAGOS_ABI_MAJOR) + ") returned NULL: the chip does not serve " +
-           "HAL ABI " + ours + " of this libflagos; rebuild one against the other's flagos.h";
+    return origin + ": flagos_hal_get(" + std::to_string(FLAGOS_ABI_MAJOR) + ") returned NULL: the chip does not serve" +
+           " HAL ABI " + ours + " of this libflagos; rebuild one against the other's flagos.h";
   }
   if (hal->abi_major != FLAGOS_ABI_MAJOR) {
     return origin + ": built for HAL ABI " + std::to_string(hal->abi_major) + "." + std::to_string(hal->abi_minor) +

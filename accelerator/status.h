@@ -1,5 +1,5 @@
-// status.h: failing with a message. Every function of the C ABI returns a flagos_status; fail() leaves the one line that
-// explains it for the calling thread, and last_message() reads it.
+// status.h: failing with a message. Every function of the C ABI returns a flagos_status; fail() leaves the one line
+// that explains it for the calling thread, and last_message() reads it.
 #ifndef FLAGOS_STATUS_H_
 #define FLAGOS_STATUS_H_
 

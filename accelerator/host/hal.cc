@@ -210,7 +210,7 @@ flagos_status host_alias(const void* device_ptr, void** host_ptr) {
   return FLAGOS_OK;
 }
 
-// ---- copy and fill ----------------------------------------------------------------------------------------------------
+// ---- copy and fill --------------------------------------------------------------------------------------------------
 
 // The address that a worker uses for one side of a copy, NULL with a message when the side is not what `kind` says.
 char* resolve(const char* entry, const char* side, const void* p, uint64_t n, bool on_device, int32_t device) {
@@ -226,7 +226,8 @@ char* resolve(const char* entry, const char* side, const void* p, uint64_t n, bo
   }
   if (!on_device) return static_cast<char*>(const_cast<void*>(p));
   if (device >= 0 && owner != device) {
-    fail(FLAGOS_INVALID_ARGUMENT, "%s: %s is memory of flagos:%d, the call names flagos:%d", entry, side, owner, device);
+    fail(FLAGOS_INVALID_ARGUMENT, "%s: %s is memory of flagos:%d, the call names flagos:%d", entry, side, owner,
+         device);
     return nullptr;
   }
   if (!g_pools[owner]->find(p, n, nullptr, nullptr)) {

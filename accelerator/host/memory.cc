@@ -1,11 +1,11 @@
 // memory.cc: the double-mapped pool of each simulated device, and pinned host memory (memory.h).
 //
-// A block is [data | canary, at least kCanary bytes | rest of the page | guard page]. free() checks the canary, gives the
+// A block is [data | canary, kCanary bytes and the rest of the page | guard page]. free() checks the canary, gives the
 // pages back to the system, makes the alias unreadable and keeps the addresses out of use for the next kQuarantine
-// frees, so that a use after free faults instead of reading someone else's data. Fresh memory holds 0xFF bytes, a NaN in
-// every floating type, but only in the first and last kFill bytes (so all of a block up to 2 MiB): filling all of a large
-// block would commit memory that the program may never touch, at about a millisecond for 2 MiB, and an algorithm that
-// reads unset memory nearly always starts at an end.
+// frees, so that a use after free faults instead of reading someone else's data. Fresh memory holds 0xFF bytes, a NaN
+// in every floating type, but only in the first and last kFill bytes (so all of a block up to 2 MiB): filling all of a
+// large block would commit memory that the program may never touch, and an algorithm that reads unset memory nearly
+// always starts at an end.
 #include "host/memory.h"
 
 #include <fcntl.h>
@@ -201,7 +201,8 @@ flagos_status Pool::release(void* pointer) {
     for (uint64_t i = block.size, end = canary_end(block.size); i < end; ++i) {
       if (static_cast<unsigned char>(data[i]) == kCanaryByte) continue;
       memset(data + block.size, kCanaryByte, end - block.size);  // reported once; the next free succeeds
-      return fail(FLAGOS_INTERNAL, "free: the block of %llu bytes at %p of flagos:%d was written %llu bytes past its end",
+      return fail(FLAGOS_INTERNAL,
+                  "free: the block of %llu bytes at %p of flagos:%d was written %llu bytes past its end",
                   static_cast<unsigned long long>(block.size), pointer, device_,
                   static_cast<unsigned long long>(i - block.size + 1));
     }
@@ -270,7 +271,8 @@ flagos_status pinned_release(void* pointer) {
   {
     std::unique_lock<std::shared_mutex> lock(pinned().mutex);
     if (pinned().blocks.erase(reinterpret_cast<uintptr_t>(pointer)) == 0) {
-      return fail(FLAGOS_INVALID_ARGUMENT, "host_free: %p does not come from host_malloc, or was freed before", pointer);
+      return fail(FLAGOS_INVALID_ARGUMENT, "host_free: %p does not come from host_malloc, or was freed before",
+                  pointer);
     }
   }
   ::free(pointer);

@@ -9,8 +9,8 @@ extern "C" {
 #endif
 
 /* Replaces the fault plan: items ENTRY@N=STATUS separated by ';', where ENTRY is a name of the HAL table and N counts
- * that entry's calls from 1 since the plan was set; NULL or "" is no plan. DEVICE_LOST stays with the device of that call
- * until the next flagos_sim_set_fail. Resets the call counters. A malformed plan changes nothing. */
+ * that entry's calls from 1 since the plan was set; NULL or "" is no plan. DEVICE_LOST stays with the device of that
+ * call until the next flagos_sim_set_fail. Resets the call counters. A malformed plan changes nothing. */
 FLAGOS_EXPORT flagos_status flagos_sim_set_fail(const char* plan);
 
 /* How often an entry was called since the start or the last flagos_sim_set_fail; 0 for an unknown name. Calls that
