@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "flagos.h"
 
@@ -22,6 +23,20 @@ namespace flagos {
 
 constexpr auto kFlagos = c10::DeviceType::PrivateUse1;
 inline c10::Device flagos_device(c10::DeviceIndex index) { return c10::Device(kFlagos, index); }
+
+// One segment of device memory and its blocks in address order, for memory snapshots. c10's own types for this move
+// between releases.
+struct MemoryBlock {
+  size_t size, requested_size;
+  enum State { kAllocated, kAwaitingFree, kInactive } state;
+};
+struct MemorySegment {
+  uintptr_t address;
+  size_t size;
+  c10::Stream stream;
+  bool is_large;
+  std::vector<MemoryBlock> blocks;
+};
 
 class Platform {
  public:
@@ -73,6 +88,15 @@ class Platform {
   virtual c10::DeviceAllocator& allocator() = 0;  // cache, statistics; never used to allocate
   virtual at::HostAllocator& host_allocator() = 0;
   virtual bool is_pinned(const void* ptr) const = 0;
+  // The device that owns memory at `ptr` (an address that a flagos tensor shows); an error when none does.
+  virtual c10::Device device_of(const void* ptr) const = 0;
+  // Memory without a tensor, for other libraries: the address that a flagos tensor would show.
+  virtual void* raw_allocate(size_t nbytes, c10::Stream stream) = 0;
+  virtual void raw_free(void* ptr) = 0;
+  // The share of the device's memory that this process may reserve; more is an out-of-memory error.
+  virtual void set_memory_fraction(c10::DeviceIndex index, double fraction) = 0;
+  virtual double memory_fraction(c10::DeviceIndex index) const = 0;
+  virtual std::vector<MemorySegment> memory_snapshot() = 0;
   // Bytes between host and device, or between devices, in the order of `stream`. Returns before they have moved when the
   // host side is pinned; otherwise the chip decides. Used where no native kernel can do it.
   virtual void copy_bytes(void* dst, c10::Device dst_device, const void* src, c10::Device src_device, size_t nbytes,
@@ -97,8 +121,15 @@ bool has_platform() noexcept;
 // Makes the platform of a HAL chip (every chip except CUDA). Owned by the process.
 Platform* make_hal_platform(const flagos_hal* hal);
 
+// What libtorch_fl_cuda.so exports as extern "C" flagos_make_cuda_platform.
+using MakePlatformFn = Platform* (*)();
+
+// Checks a device index and returns it as is; -1 means the current device. The error names the count.
+c10::DeviceIndex checked_index(int64_t index);
+
 // The device on which the calling thread runs a native kernel, -1 outside one. Native allocators that must put a kernel's
 // results into device memory (the host chip) read it.
-extern thread_local c10::DeviceIndex native_call_device;
+// A plain __thread with a fixed offset: ordinary CPU allocations read it too and must not notice.
+extern __thread c10::DeviceIndex native_call_device __attribute__((tls_model("initial-exec")));
 
 }  // namespace flagos

@@ -1,0 +1,65 @@
+// host_native.cc: the simulated host chip as torch's CPU kernels see it.
+//
+// Its native label is CPU, so results of CPU kernels would land in ordinary memory. While a native call runs on a thread
+// (native_call_device >= 0), the CPU allocator registered here gives device memory instead: its host-readable alias,
+// labelled CPU. Kernels run on the calling thread, so a native call first waits for its stream.
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/CPUAllocator.h>
+
+#include "csrc/runtime/hal_error.h"
+#include "csrc/runtime/hal_platform.h"
+
+namespace flagos {
+namespace {
+
+class HostPlatform;
+
+class CpuHook final : public c10::Allocator {
+ public:
+  CpuHook(CachingAllocator* device_memory, c10::Allocator* ordinary)
+      : device_memory_(device_memory), ordinary_(ordinary) {}
+
+  c10::DataPtr allocate(size_t nbytes) override {
+    const auto device = native_call_device;
+    if (C10_LIKELY(device < 0)) return ordinary_->allocate(nbytes);
+    return device_memory_->allocate(device, current_stream_slot[device], nbytes);
+  }
+  // raw_allocate needs memory whose address is its own context: only ordinary memory has that.
+  c10::DeleterFnPtr raw_deleter() const override { return ordinary_->raw_deleter(); }
+  void copy_data(void* dest, const void* src, std::size_t count) const override {
+    default_copy_data(dest, src, count);
+  }
+
+ private:
+  CachingAllocator* const device_memory_;
+  c10::Allocator* const ordinary_;
+};
+
+class HostPlatform final : public HalPlatform {
+ public:
+  explicit HostPlatform(const flagos_hal* hal) : HalPlatform(hal, c10::kCPU), hook_(&allocator_, c10::GetCPUAllocator()) {
+    c10::SetCPUAllocator(&hook_, /*priority=*/1);
+  }
+
+  c10::Allocator* native_allocator() override { return &hook_; }
+  bool native_needs_entry() const override { return true; }
+  void enter_native(c10::DeviceIndex index) override {
+    hal_check(hal_, "waiting for the stream before an operator", index,
+              hal_->stream_sync(index, streams_.current_handle(index)));
+  }
+
+  // Each device has its own CPU generator: equal seeds give the CPU's numbers. Like the CPU's own it starts unpredictably.
+  at::Generator native_generator(c10::DeviceIndex /*index*/, bool fresh) override {
+    return fresh ? at::detail::createCPUGenerator()
+                 : at::detail::createCPUGenerator(c10::detail::getNonDeterministicRandom());
+  }
+
+ private:
+  CpuHook hook_;
+};
+
+}  // namespace
+
+Platform* make_host_platform(const flagos_hal* hal) { return new HostPlatform(hal); }
+
+}  // namespace flagos

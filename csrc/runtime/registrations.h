@@ -1,0 +1,9 @@
+// registrations.h: the registrations with PyTorch that happen when a platform is set, not when the library is loaded.
+#pragma once
+
+namespace flagos {
+
+// Hands PyTorch the PrivateUse1 hooks; later calls do nothing.
+void register_hooks();
+
+}  // namespace flagos
