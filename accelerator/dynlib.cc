@@ -45,7 +45,7 @@ Library open_library(const std::string& chip, const std::vector<Candidate>& cand
     int flags = RTLD_LAZY | RTLD_LOCAL | (candidate.only_if_loaded ? RTLD_NOLOAD : 0);
     void* handle = dlopen(candidate.path.c_str(), flags);
     std::vector<void*> addresses;
-    std::string reason = handle ? resolve(handle, symbols, &addresses)
+    std::string reason = handle                     ? resolve(handle, symbols, &addresses)
                          : candidate.only_if_loaded ? (dlerror(), "not loaded in this process")
                                                     : loader_error();
     log_attempt(chip, candidate.path + ": " + (reason.empty() ? "opened" : reason));

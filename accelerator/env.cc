@@ -54,10 +54,20 @@ bool env_number(const char* name, uint64_t fallback, uint64_t low, uint64_t high
   unsigned long long number = strtoull(text.c_str(), &end, 10);
   int shift = 0;
   switch (*end) {
-    case 'K': case 'k': shift = 10; break;
-    case 'M': case 'm': shift = 20; break;
-    case 'G': case 'g': shift = 30; break;
-    default: break;
+    case 'K':
+    case 'k':
+      shift = 10;
+      break;
+    case 'M':
+    case 'm':
+      shift = 20;
+      break;
+    case 'G':
+    case 'g':
+      shift = 30;
+      break;
+    default:
+      break;
   }
   if (shift) ++end;
   bool digits = text[0] >= '0' && text[0] <= '9';  // strtoull itself would accept "-1"

@@ -178,8 +178,9 @@ void report(Chip& chip, std::string* text) {
 std::string check_table(const flagos_hal* hal, const std::string& origin) {
   std::string ours = std::to_string(FLAGOS_ABI_MAJOR) + "." + std::to_string(FLAGOS_ABI_MINOR);
   if (!hal) {
-    return origin + ": flagos_hal_get(" + std::to_string(FLAGOS_ABI_MAJOR) + ") returned NULL: the chip does not serve" +
-           " HAL ABI " + ours + " of this libflagos; rebuild one against the other's flagos.h";
+    return origin + ": flagos_hal_get(" + std::to_string(FLAGOS_ABI_MAJOR) +
+           ") returned NULL: the chip does not serve HAL ABI " + ours +
+           " of this libflagos; rebuild one against the other's flagos.h";
   }
   if (hal->abi_major != FLAGOS_ABI_MAJOR) {
     return origin + ": built for HAL ABI " + std::to_string(hal->abi_major) + "." + std::to_string(hal->abi_minor) +

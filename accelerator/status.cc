@@ -10,8 +10,8 @@
 namespace flagos {
 namespace {
 
-const char* const kNames[] = {"OK",          "INVALID_ARGUMENT", "OUT_OF_MEMORY",       "NOT_FOUND",
-                              "UNAVAILABLE", "UNSUPPORTED",      "NOT_READY",           "FAILED_PRECONDITION",
+const char* const kNames[] = {"OK",          "INVALID_ARGUMENT", "OUT_OF_MEMORY", "NOT_FOUND",
+                              "UNAVAILABLE", "UNSUPPORTED",      "NOT_READY",     "FAILED_PRECONDITION",
                               "TIMEOUT",     "DEVICE_LOST",      "INTERNAL"};
 constexpr int kNameCount = sizeof(kNames) / sizeof(kNames[0]);
 

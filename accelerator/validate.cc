@@ -140,11 +140,11 @@ class Validator {
     if (status == FLAGOS_OK) retire(&streams_, stream);
     return status;
   }
-#define STREAM_ENTRY(entry, parameters, ...)                                \
-  flagos_status entry parameters {                                          \
-    READY_DEVICE(entry, device);                                            \
-    if (flagos_status bad = unwrap(#entry, device, &stream)) return bad;    \
-    return pass(inner_->entry(__VA_ARGS__));                                \
+#define STREAM_ENTRY(entry, parameters, ...)                             \
+  flagos_status entry parameters {                                       \
+    READY_DEVICE(entry, device);                                         \
+    if (flagos_status bad = unwrap(#entry, device, &stream)) return bad; \
+    return pass(inner_->entry(__VA_ARGS__));                             \
   }
   STREAM_ENTRY(stream_sync, (int32_t device, flagos_stream stream), device, stream)
   STREAM_ENTRY(stream_query, (int32_t device, flagos_stream stream), device, stream)
@@ -416,7 +416,7 @@ const flagos_hal* wrap_table(const flagos_hal* inner) {
 const flagos_hal* validating(const flagos_hal* inner) {
   static int count = 0;  // the registry calls with its lock held
   const flagos_hal* (*wraps[kMaxWrapped])(const flagos_hal*) = {wrap_table<0>, wrap_table<1>, wrap_table<2>,
-                                                               wrap_table<3>};
+                                                                wrap_table<3>};
   if (count == kMaxWrapped) {
     fail(FLAGOS_INTERNAL, "FLAGOS_HAL_VALIDATE: at most %d chips of one process can be validated", kMaxWrapped);
     return nullptr;

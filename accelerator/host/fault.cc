@@ -17,6 +17,7 @@ namespace flagos {
 namespace host {
 
 std::atomic<uint32_t> g_state{0};
+std::atomic<int32_t> g_devices{0};
 thread_local Counters* t_counters = nullptr;
 
 namespace {
@@ -36,11 +37,11 @@ struct Fault {
 // Never destroyed: threads may outlive static destructors.
 struct Shared {
   std::mutex mutex;
-  std::vector<Counters*> all, idle;       // every block ever made; those of finished threads
-  uint64_t baseline[kEntryCount] = {};    // totals when the plan was set
-  uint64_t planned[kEntryCount] = {};     // calls since then, while a plan is active
+  std::vector<Counters*> all, idle;     // every block ever made; those of finished threads
+  uint64_t baseline[kEntryCount] = {};  // totals when the plan was set
+  uint64_t planned[kEntryCount] = {};   // calls since then, while a plan is active
   std::vector<Fault> plan;
-  uint64_t lost = 0;                      // bit per device
+  uint64_t lost = 0;  // bit per device
 };
 Shared& shared() {
   static Shared* instance = new Shared;
@@ -169,6 +170,17 @@ flagos_status enter_unready(Entry entry) {
   if (state & kForked) return fail_forked(entry);
   count_call(entry);
   return state & (kPlanned | kLost) ? apply_plan(entry, kNoDevice) : FLAGOS_OK;
+}
+
+flagos_status check_device(const char* entry, int32_t device) {
+  int32_t count = g_devices.load(std::memory_order_relaxed);
+  if (device >= 0 && device < count) return FLAGOS_OK;
+  return fail(FLAGOS_INVALID_ARGUMENT, "%s: no device %d, the host chip has %d (FLAGOS_HOST_DEVICES)", entry, device,
+              count);
+}
+
+flagos_status null_argument(const char* entry, const char* name) {
+  return fail(FLAGOS_INVALID_ARGUMENT, "%s: %s is NULL", entry, name);
 }
 
 flagos_status load_fault_plan() {

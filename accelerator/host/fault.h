@@ -50,6 +50,19 @@ inline flagos_status enter(Entry entry, int32_t device) {
 /// The same for probe and init, which are legal before init.
 flagos_status enter_unready(Entry entry);
 
+/// Devices of the initialised chip, 0 otherwise.
+extern std::atomic<int32_t> g_devices;
+flagos_status check_device(const char* entry, int32_t device);
+flagos_status null_argument(const char* entry, const char* name);
+
+// What every entry begins with.
+#define ENTER(entry, device) \
+  if (flagos_status entered = enter(kEntry_##entry, device)) return entered
+
+#define ENTER_DEVICE(entry, device) \
+  ENTER(entry, device);             \
+  if (flagos_status bad = check_device(#entry, device)) return bad
+
 /// Reads FLAGOS_SIM_FAIL; called by init.
 flagos_status load_fault_plan();
 

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "env.h"
+#include "host/copy.h"
 #include "host/fault.h"
 #include "host/memory.h"
 #include "host/sim.h"
@@ -22,25 +23,6 @@ namespace host {
 namespace {
 
 std::mutex g_init_mutex;
-std::atomic<int32_t> g_devices{0};
-
-#define ENTER(entry, device) \
-  if (flagos_status entered = enter(kEntry_##entry, device)) return entered
-
-#define ENTER_DEVICE(entry, device) \
-  ENTER(entry, device);             \
-  if (flagos_status bad = check_device(#entry, device)) return bad
-
-flagos_status check_device(const char* entry, int32_t device) {
-  int32_t count = g_devices.load(std::memory_order_relaxed);
-  if (device >= 0 && device < count) return FLAGOS_OK;
-  return fail(FLAGOS_INVALID_ARGUMENT, "%s: no device %d, the host chip has %d (FLAGOS_HOST_DEVICES)", entry, device,
-              count);
-}
-
-flagos_status null_argument(const char* entry, const char* name) {
-  return fail(FLAGOS_INVALID_ARGUMENT, "%s: %s is NULL", entry, name);
-}
 
 uint64_t machine_memory() {
   uint64_t memory = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGE_SIZE));
@@ -210,93 +192,6 @@ flagos_status host_alias(const void* device_ptr, void** host_ptr) {
   return FLAGOS_OK;
 }
 
-// ---- copy and fill --------------------------------------------------------------------------------------------------
-
-// The address that a worker uses for one side of a copy, NULL with a message when the side is not what `kind` says.
-char* resolve(const char* entry, const char* side, const void* p, uint64_t n, bool on_device, int32_t device) {
-  if (!p) {
-    null_argument(entry, side);
-    return nullptr;
-  }
-  int32_t owner = device_of(p);
-  if (on_device ? owner < 0 : owner >= 0) {
-    fail(FLAGOS_INVALID_ARGUMENT, "%s: the kind says that %s is %s memory, but %p is %s memory", entry, side,
-         on_device ? "device" : "host", p, on_device ? "host" : "device");
-    return nullptr;
-  }
-  if (!on_device) return static_cast<char*>(const_cast<void*>(p));
-  if (device >= 0 && owner != device) {
-    fail(FLAGOS_INVALID_ARGUMENT, "%s: %s is memory of flagos:%d, the call names flagos:%d", entry, side, owner,
-         device);
-    return nullptr;
-  }
-  if (!g_pools[owner]->find(p, n, nullptr, nullptr)) {
-    fail(FLAGOS_INVALID_ARGUMENT, "%s: %s [%p, + %llu bytes) is not inside one live block of flagos:%d", entry, side, p,
-         static_cast<unsigned long long>(n), owner);
-    return nullptr;
-  }
-  return g_pools[owner]->alias(p);
-}
-
-flagos_status copy(const char* entry, int32_t device, Task task, void* dst, const void* src, int32_t kind,
-                   flagos_stream handle) {
-  if (kind < FLAGOS_COPY_HOST_TO_DEVICE || kind > FLAGOS_COPY_HOST_TO_HOST) {
-    return fail(FLAGOS_INVALID_ARGUMENT, "%s: %d is not a flagos_copy_kind", entry, kind);
-  }
-  flagos_status status = FLAGOS_OK;
-  StreamSlot* stream = find_stream(entry, device, handle, &status);
-  if (!stream) return status;
-  if (task.width == 0 || task.height == 0) return FLAGOS_OK;
-  uint64_t rows = task.height - 1, dst_n, src_n;
-  if (__builtin_mul_overflow(rows, task.dst_pitch, &dst_n) || __builtin_add_overflow(dst_n, task.width, &dst_n) ||
-      __builtin_mul_overflow(rows, task.src_pitch, &src_n) || __builtin_add_overflow(src_n, task.width, &src_n) ||
-      (rows > 0 && (task.dst_pitch < task.width || task.src_pitch < task.width))) {
-    return fail(FLAGOS_INVALID_ARGUMENT, "%s: a pitch is smaller than width %llu, or the size overflows", entry,
-                static_cast<unsigned long long>(task.width));
-  }
-  bool dst_device = kind == FLAGOS_COPY_HOST_TO_DEVICE || kind == FLAGOS_COPY_DEVICE_TO_DEVICE;
-  bool src_device = kind == FLAGOS_COPY_DEVICE_TO_HOST || kind == FLAGOS_COPY_DEVICE_TO_DEVICE;
-  int32_t owner = kind == FLAGOS_COPY_DEVICE_TO_DEVICE ? -1 : device;  // device to device may cross
-  task.kind = Task::kCopy;
-  task.dst = resolve(entry, "dst", dst, dst_n, dst_device, owner);
-  if (!task.dst) return FLAGOS_INVALID_ARGUMENT;
-  task.src = resolve(entry, "src", src, src_n, src_device, owner);
-  if (!task.src) return FLAGOS_INVALID_ARGUMENT;
-  return enqueue(stream, std::move(task));
-}
-
-flagos_status copy_async(int32_t device, void* dst, const void* src, uint64_t n, int32_t kind, flagos_stream stream) {
-  ENTER_DEVICE(copy_async, device);
-  Task task;
-  task.width = n;
-  return copy("copy_async", device, std::move(task), dst, src, kind, stream);
-}
-
-flagos_status copy2d_async(int32_t device, void* dst, uint64_t dst_pitch, const void* src, uint64_t src_pitch,
-                           uint64_t width, uint64_t height, int32_t kind, flagos_stream stream) {
-  ENTER_DEVICE(copy2d_async, device);
-  Task task;
-  task.dst_pitch = dst_pitch;
-  task.src_pitch = src_pitch;
-  task.width = width;
-  task.height = height;
-  return copy("copy2d_async", device, std::move(task), dst, src, kind, stream);
-}
-
-flagos_status fill_async(int32_t device, void* dst, int32_t byte_value, uint64_t n, flagos_stream handle) {
-  ENTER_DEVICE(fill_async, device);
-  flagos_status status = FLAGOS_OK;
-  StreamSlot* stream = find_stream("fill_async", device, handle, &status);
-  if (!stream) return status;
-  if (n == 0) return FLAGOS_OK;
-  Task task;
-  task.kind = Task::kFill;
-  task.width = n;
-  task.value = byte_value & 0xff;
-  task.dst = resolve("fill_async", "dst", dst, n, true, device);
-  return task.dst ? enqueue(stream, std::move(task)) : FLAGOS_INVALID_ARGUMENT;
-}
-
 // ---- streams --------------------------------------------------------------------------------------------------------
 
 constexpr int32_t kLeastPriority = 0, kGreatestPriority = -1;
@@ -463,6 +358,7 @@ flagos_status last_error(int32_t device) {
   return FLAGOS_OK;  // the simulated device has no asynchronous errors of its own; a fault plan makes some
 }
 
+// clang-format off
 const flagos_hal kTable = {
     sizeof(flagos_hal), FLAGOS_ABI_MAJOR, FLAGOS_ABI_MINOR, "host", "torch_fl (simulated)",
     probe, init, shutdown, message, device_count, device_info, mem_info,
@@ -473,6 +369,7 @@ const flagos_hal kTable = {
     event_create, event_destroy, event_record, event_sync, event_query, event_elapsed_ms, stream_wait_event,
     device_sync, can_access_peer, enable_peer, last_error,
     nullptr};
+// clang-format on
 
 }  // namespace
 }  // namespace host

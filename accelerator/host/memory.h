@@ -53,8 +53,8 @@ class Pool {
 
   mutable std::shared_mutex mutex_;  // guards everything below
   uint64_t used_ = 0, bytes_ = 0;
-  std::map<uint64_t, Block> live_;                       // by offset
-  std::map<uint64_t, uint64_t> free_;                    // offset -> span, neighbours merged
+  std::map<uint64_t, Block> live_;                        // by offset
+  std::map<uint64_t, uint64_t> free_;                     // offset -> span, neighbours merged
   std::set<std::pair<uint64_t, uint64_t>> free_by_size_;  // (span, offset)
   std::deque<std::pair<uint64_t, uint64_t>> quarantine_;  // freed blocks, oldest first
 };

@@ -52,10 +52,18 @@ void run(Task& task) {
         memmove(task.dst + row * task.dst_pitch, task.src + row * task.src_pitch, task.width);
       }
       break;
-    case Task::kFill: memset(task.dst, task.value, task.width); break;
-    case Task::kRecord: task.record->complete(); break;
-    case Task::kWait: task.record->wait(); break;
-    case Task::kCall: task.fn(task.arg); break;
+    case Task::kFill:
+      memset(task.dst, task.value, task.width);
+      break;
+    case Task::kRecord:
+      task.record->complete();
+      break;
+    case Task::kWait:
+      task.record->wait();
+      break;
+    case Task::kCall:
+      task.fn(task.arg);
+      break;
   }
 }
 
