@@ -36,8 +36,8 @@ def chips():
     import torch_fl
 
     lines = [f"in use: {torch_fl.chip()}"]
-    for name in torch_fl._C.chips():
-        lines += [line for line in torch_fl._C.chip_report(name).splitlines() if line.strip()]
+    for name in torch_fl._C._chips():
+        lines += [line for line in torch_fl._C._chip_report(name).splitlines() if line.strip()]
     return lines
 
 

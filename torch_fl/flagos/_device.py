@@ -1,8 +1,14 @@
 """Devices: choosing, counting, describing and waiting for them."""
 
+import types
+
 import torch
 
 from torch_fl import _C
+
+
+class DeviceProperties(types.SimpleNamespace):
+    """What the chip says of a device, as attributes."""
 
 
 def _get_device_index(device=None, optional: bool = True, allow_cpu: bool = False) -> int:
@@ -40,7 +46,7 @@ def _checked_index(device=None) -> int:
 
 def device_count() -> int:
     """Number of devices. Starts nothing and never raises."""
-    return _C.device_count()
+    return _C._device_count()
 
 
 def is_available() -> bool:
@@ -98,7 +104,7 @@ def synchronize(device=None) -> None:
 
 def get_device_properties(device=None):
     """What the chip says of a device: name, total_memory, multi_processor_count, major, minor, warp_size, ..."""
-    return _C.device_properties(_checked_index(device))
+    return DeviceProperties(**_C._device_properties(_checked_index(device)))
 
 
 def get_device_name(device=None) -> str:
@@ -114,7 +120,7 @@ def get_device_capability(device=None) -> tuple[int, int]:
 
 def can_device_access_peer(device, peer_device) -> bool:
     """Whether a device can read the other's memory directly."""
-    return _C.can_access_peer(_checked_index(device), _checked_index(peer_device))
+    return _C._can_access_peer(_checked_index(device), _checked_index(peer_device))
 
 
 def is_bf16_supported(including_emulation: bool = True) -> bool:

@@ -12,7 +12,7 @@ _initialized = False
 
 def _is_in_bad_fork() -> bool:
     """Whether this process was forked from one that had used the device."""
-    return _C.in_bad_fork()
+    return _C._is_in_bad_fork()
 
 
 def is_initialized() -> bool:
@@ -29,7 +29,7 @@ def _lazy_init() -> None:
         )
     if _initialized:
         return
-    if _C.device_count() == 0:
+    if _C._device_count() == 0:
         raise RuntimeError("flagos has no devices here; `python -m torch_fl doctor` says what was tried")
     _initialized = True
 

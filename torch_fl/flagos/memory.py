@@ -72,7 +72,7 @@ def reset_max_memory_cached(device=None) -> None:
 
 def mem_get_info(device=None) -> tuple[int, int]:
     """(free, total) bytes of a device, as the chip says."""
-    return _C.mem_info(_checked_index(device))
+    return _C._mem_info(_checked_index(device))
 
 
 def device_memory_used(device=None) -> int:
@@ -83,7 +83,7 @@ def device_memory_used(device=None) -> int:
 
 def get_per_process_memory_fraction(device=None) -> float:
     """The share of a device's memory that this process may take."""
-    return _C.memory_fraction(_checked_index(device))
+    return _C._get_memory_fraction(_checked_index(device))
 
 
 def set_per_process_memory_fraction(fraction: float, device=None) -> None:
@@ -92,28 +92,38 @@ def set_per_process_memory_fraction(fraction: float, device=None) -> None:
         raise TypeError(f"fraction must be a number from 0 to 1, got {type(fraction).__name__}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
-    _C.set_memory_fraction(_checked_index(device), float(fraction))
+    _C._set_memory_fraction(float(fraction), _checked_index(device))
 
 
 def caching_allocator_alloc(size: int, device=None, stream=None) -> int:
     """Address of `size` bytes from the allocator, for code outside torch. Free it with caching_allocator_delete."""
     stream_id = 0 if stream is None else getattr(stream, "stream_id", stream)
-    return _C.raw_alloc(size, _checked_index(device), stream_id)
+    return _C._raw_allocate(size, stream_id, _checked_index(device))
 
 
 def caching_allocator_delete(mem_ptr: int) -> None:
     """Gives back what caching_allocator_alloc returned."""
-    _C.raw_delete(mem_ptr)
+    _C._raw_delete(mem_ptr)
 
 
 def host_memory_stats() -> dict:
     """Statistics of the allocator of pinned host memory."""
-    return _C.host_stats()
+    return _C._host_memory_stats()
+
+
+def reset_accumulated_host_memory_stats() -> None:
+    """Starts the counts of pinned memory that was ever allocated and freed anew."""
+    _C._reset_accumulated_host_memory_stats()
+
+
+def reset_peak_host_memory_stats() -> None:
+    """Starts the peaks of pinned memory anew from the current values."""
+    _C._reset_peak_host_memory_stats()
 
 
 def memory_snapshot() -> list[dict]:
     """Every segment taken from the chip, with its blocks."""
-    return _C.snapshot()
+    return _C._memory_snapshot()
 
 
 def _snapshot(device=None, augment_with_fx_traces: bool = False) -> dict:
@@ -176,9 +186,11 @@ __all__ = [
     "memory_stats",
     "memory_stats_as_nested_dict",
     "memory_summary",
+    "reset_accumulated_host_memory_stats",
     "reset_accumulated_memory_stats",
     "reset_max_memory_allocated",
     "reset_max_memory_cached",
+    "reset_peak_host_memory_stats",
     "reset_peak_memory_stats",
     "set_per_process_memory_fraction",
 ]

@@ -17,7 +17,7 @@ class _Generators:
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(f"flagos:{index} does not exist: this machine has {len(self)} flagos device(s)")
-        return _C.default_generator(index % len(self))
+        return _C._default_generator(index % len(self))
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))

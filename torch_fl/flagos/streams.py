@@ -20,7 +20,7 @@ class Stream(torch.Stream):
     @staticmethod
     def priority_range() -> tuple[int, int]:
         """(least urgent, most urgent) priority."""
-        return _C.stream_priority_range()
+        return _C._stream_priority_range()
 
     def record_event(self, event=None):
         """Records an event behind the work queued so far; makes one when none is given."""
@@ -38,7 +38,7 @@ class Stream(torch.Stream):
         self.wait_event(stream.record_event())
 
     def _native_handle(self) -> int:
-        return _C.stream_native_handle(self.stream_id, self.device_index)
+        return _C._stream_native_handle(self.stream_id, self.device_index, self.device_type)
 
     @property
     def _as_parameter_(self):
@@ -60,7 +60,7 @@ class ExternalStream(Stream):
     def __new__(cls, stream_ptr: int, device=None, **ids):
         if ids:
             return super().__new__(cls, **ids)
-        return super().__new__(cls, **_ids(_C.external_stream(_checked_index(device), stream_ptr)))
+        return super().__new__(cls, **_ids(_C._external_stream(stream_ptr, _checked_index(device))))
 
 
 class Event(torch.Event):
@@ -91,7 +91,7 @@ def current_stream(device=None) -> Stream:
 
 def default_stream(device=None) -> Stream:
     """The stream that is current unless another one is chosen."""
-    return Stream(**_ids(_C.default_stream(_checked_index(device))))
+    return Stream(**_ids(_C._default_stream(_checked_index(device))))
 
 
 def set_stream(stream) -> None:
