@@ -1,0 +1,33 @@
+"""Runs Python code in a process of its own: for crashes, import-time errors and environment variables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+
+def run_python(code: str, timeout: float = 120, **env: str | None) -> subprocess.CompletedProcess:
+    """Runs `code`; keyword arguments are environment variables, None removes one. FLAGOS_* of the caller are not inherited,
+    so that a test means the same whatever the developer has exported."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOS_") or k == "FLAGOS_ACCELERATOR"}
+    for name, value in env.items():
+        if value is None:
+            keep.pop(name, None)
+        else:
+            keep[name] = value
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=keep,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def check_python(code: str, timeout: float = 120, **env: str | None) -> str:
+    """Like run_python, but the process must succeed; returns its stdout."""
+    result = run_python(code, timeout, **env)
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
