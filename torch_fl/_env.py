@@ -16,7 +16,25 @@ class Variable(NamedTuple):
     meaning: str
 
 
-_ENTRY = re.compile(r'^FLAGOS_ENV\("([^"]+)",\s*"([^"]*)",\s*"([^"]*)"\)$', re.MULTILINE)
+# FLAGOS_ENV("NAME", "default", "meaning"): like C++, adjacent strings are one, and a line may break anywhere.
+_ENTRY = re.compile(r'^FLAGOS_ENV\(((?:[^()"]|"(?:[^"\\]|\\.)*")*)\)', re.MULTILINE)
+_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|(,)')
+
+
+def parse(text: str) -> tuple[Variable, ...]:
+    """The entries of a table's text."""
+    variables = []
+    for entry in _ENTRY.findall(text):
+        fields = [""]
+        for string, comma in _TOKEN.findall(entry):
+            if comma:
+                fields.append("")
+            else:
+                fields[-1] += string.replace('\\"', '"')
+        if len(fields) != len(Variable._fields):
+            raise ValueError(f"env.inc: expected name, default and meaning in FLAGOS_ENV({entry})")
+        variables.append(Variable(*fields))
+    return tuple(variables)
 
 
 @lru_cache(maxsize=1)
@@ -26,7 +44,7 @@ def table() -> tuple[Variable, ...]:
     # Installed beside this file; in a working copy it is where C++ includes it from.
     for path in (here / "env.inc", here.parent / "accelerator" / "env.inc"):
         if path.exists():
-            return tuple(Variable(*match) for match in _ENTRY.findall(path.read_text(encoding="utf-8")))
+            return parse(path.read_text(encoding="utf-8"))
     raise FileNotFoundError(f"env.inc is missing beside {__file__}: the installation of torch_fl is incomplete")
 
 

@@ -6,12 +6,8 @@ With --model it loads a real Qwen3 folder instead and generates from it; --train
 import argparse
 import copy
 import json
-import os
 import sys
 import time
-
-os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")  # the demo fetches nothing
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 PROMPT = "The following statement"
 
@@ -45,9 +41,12 @@ def run(arguments, show):
     import contextlib
 
     import torch
+    import transformers
 
     from torch_fl.demo import screen, workload
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     device = torch.device(arguments.device)
     on_flagos = device.type == "flagos"
     result = {"device": str(device), "torch": torch.__version__, "checks": {}}
