@@ -1,8 +1,10 @@
 // module.cc: torch_fl._C. Opens the chip once per process and binds the rest.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "csrc/python/bindings.h"
 #include "csrc/runtime/platform.h"
@@ -64,6 +66,15 @@ std::string init(const std::optional<std::string>& chip) {
   return platform().chip();
 }
 
+std::string chip_report(const std::optional<std::string>& chip) {
+  py::gil_scoped_release no_gil;
+  const char* name = chip ? chip->c_str() : nullptr;
+  std::string text(flagos_chip_report(name, nullptr, 0) + 1, '\0');
+  const size_t length = flagos_chip_report(name, text.data(), text.size());
+  text.resize(std::min(length, text.size() - 1));
+  return text;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,6 +83,12 @@ PYBIND11_MODULE(_C, m) {
     if (!has_platform()) return std::nullopt;
     return platform().chip();
   });
+  m.def("_chips", [] {
+    std::vector<std::string> names;
+    for (int32_t i = 0; i < flagos_chip_count(); i++) names.emplace_back(flagos_chip_name(i));
+    return names;
+  });
+  m.def("_chip_report", &chip_report, py::arg("chip") = py::none());
   bind_device(m);
   bind_stream(m);
   bind_memory(m);

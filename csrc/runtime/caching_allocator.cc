@@ -22,6 +22,47 @@ size_t rounded(size_t nbytes) { return (nbytes + kUnit - 1) / kUnit * kUnit; }
 DeviceCache::DeviceCache(const flagos_hal* hal, const StreamTable* streams, c10::DeviceIndex device)
     : hal_(hal), streams_(streams), device_(device) {}
 
+// ---- counting -------------------------------------------------------------------------------------------------------
+
+void DeviceCache::add(StatKind kind, const BlockPool& p, int64_t n) {
+  Counter& of_pool = counters_[kind][p.is_small ? 1 : 2];
+  if (n >= 0) {
+    counters_[kind][0].add(n);
+    of_pool.add(n);
+  } else {
+    counters_[kind][0].subtract(-n);
+    of_pool.subtract(-n);
+  }
+}
+
+inline void DeviceCache::count_inactive(const Block* block, int sign) {
+  add(kInactiveSplit, *block->pool, sign);
+  add(kInactiveSplitBytes, *block->pool, sign * static_cast<int64_t>(block->size));
+}
+
+inline void DeviceCache::count_alloc(const Block* block) {
+  const auto size = static_cast<int64_t>(block->size), requested = static_cast<int64_t>(block->requested);
+  for (const int k : {0, block->pool->is_small ? 1 : 2}) {
+    counters_[kAllocation][k].add(1);
+    counters_[kActive][k].add(1);
+    counters_[kAllocatedBytes][k].add(size);
+    counters_[kActiveBytes][k].add(size);
+    counters_[kRequestedBytes][k].add(requested);
+  }
+}
+
+inline void DeviceCache::count_free(const Block* block, bool still_active) {
+  const auto size = static_cast<int64_t>(block->size), requested = static_cast<int64_t>(block->requested);
+  for (const int k : {0, block->pool->is_small ? 1 : 2}) {
+    counters_[kAllocation][k].subtract(1);
+    counters_[kAllocatedBytes][k].subtract(size);
+    counters_[kRequestedBytes][k].subtract(requested);
+    if (still_active) continue;
+    counters_[kActive][k].subtract(1);
+    counters_[kActiveBytes][k].subtract(size);
+  }
+}
+
 // ---- blocks and pools ----------------------------------------------------------------------------------------------
 
 BlockPool& DeviceCache::pool(StreamSlot stream, bool is_small) {
@@ -307,14 +348,14 @@ void CachingAllocator::recordStream(const c10::DataPtr& ptr, c10::Stream stream)
 }
 
 c10::CachingDeviceAllocator::DeviceStats CachingAllocator::getDeviceStats(c10::DeviceIndex device) {
-  return caches_[checked_index(device)]->stats();
+  return caches_.at(device)->stats();
 }
 void CachingAllocator::resetAccumulatedStats(c10::DeviceIndex device) {
-  caches_[checked_index(device)]->reset_accumulated();
+  caches_.at(device)->reset_accumulated();
 }
-void CachingAllocator::resetPeakStats(c10::DeviceIndex device) { caches_[checked_index(device)]->reset_peak(); }
+void CachingAllocator::resetPeakStats(c10::DeviceIndex device) { caches_.at(device)->reset_peak(); }
 std::pair<size_t, size_t> CachingAllocator::getMemoryInfo(c10::DeviceIndex device) {
-  return platform().mem_info(checked_index(device));
+  return platform().mem_info(device);
 }
 
 }  // namespace flagos

@@ -221,47 +221,6 @@ c10::CachingAllocator::Stat Counter::stat() const {
   return s;
 }
 
-void DeviceCache::add(StatKind kind, const BlockPool& p, int64_t n) {
-  Counter& pool_counter = counters_[kind][p.is_small ? 1 : 2];
-  if (n >= 0) {
-    counters_[kind][0].add(n);
-    pool_counter.add(n);
-  } else {
-    counters_[kind][0].subtract(-n);
-    pool_counter.subtract(-n);
-  }
-}
-
-void DeviceCache::count_inactive(const Block* block, int sign) {
-  add(kInactiveSplit, *block->pool, sign);
-  add(kInactiveSplitBytes, *block->pool, sign * static_cast<int64_t>(block->size));
-}
-
-void DeviceCache::count_alloc(const Block* block) {
-  const int kind = block->pool->is_small ? 1 : 2;
-  const auto size = static_cast<int64_t>(block->size), requested = static_cast<int64_t>(block->requested);
-  for (const int k : {0, kind}) {
-    counters_[kAllocation][k].add(1);
-    counters_[kActive][k].add(1);
-    counters_[kAllocatedBytes][k].add(size);
-    counters_[kActiveBytes][k].add(size);
-    counters_[kRequestedBytes][k].add(requested);
-  }
-}
-
-void DeviceCache::count_free(const Block* block, bool still_active) {
-  const int kind = block->pool->is_small ? 1 : 2;
-  const auto size = static_cast<int64_t>(block->size), requested = static_cast<int64_t>(block->requested);
-  for (const int k : {0, kind}) {
-    counters_[kAllocation][k].subtract(1);
-    counters_[kAllocatedBytes][k].subtract(size);
-    counters_[kRequestedBytes][k].subtract(requested);
-    if (still_active) continue;
-    counters_[kActive][k].subtract(1);
-    counters_[kActiveBytes][k].subtract(size);
-  }
-}
-
 c10::CachingDeviceAllocator::DeviceStats DeviceCache::stats() {
   Lock lock(mutex_);
   for (auto& pair : pools_) {  // so that blocks which only wait to be merged do not count as split
