@@ -36,8 +36,16 @@ void DeviceCache::add(StatKind kind, const BlockPool& p, int64_t n) {
 }
 
 inline void DeviceCache::count_inactive(const Block* block, int sign) {
-  add(kInactiveSplit, *block->pool, sign);
-  add(kInactiveSplitBytes, *block->pool, sign * static_cast<int64_t>(block->size));
+  const auto size = static_cast<int64_t>(block->size);
+  for (const int k : {0, block->pool->is_small ? 1 : 2}) {
+    if (sign > 0) {
+      counters_[kInactiveSplit][k].add(1);
+      counters_[kInactiveSplitBytes][k].add(size);
+    } else {
+      counters_[kInactiveSplit][k].subtract(1);
+      counters_[kInactiveSplitBytes][k].subtract(size);
+    }
+  }
 }
 
 inline void DeviceCache::count_alloc(const Block* block) {

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/runtime/fork.h"
 #include "csrc/runtime/platform.h"
 
 namespace flagos {
@@ -31,9 +32,11 @@ c10::Stream to_flagos(c10::Stream s) {
 
 // CUDA's allocators and generators are created by PyTorch's lazy initialisation, which must come first.
 void initialize() {
+  check_fork();
   static std::atomic<bool> done{false};
   if (C10_LIKELY(done.load(std::memory_order_acquire))) return;
   at::globalContext().lazyInitDevice(c10::kCUDA);
+  watch_forks();
   done.store(true, std::memory_order_release);
 }
 

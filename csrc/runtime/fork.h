@@ -8,7 +8,7 @@
 
 namespace flagos {
 
-// Marks children of this process from now on. Called once, when a platform is set.
+// Marks children of this process from now on. A platform calls it when it first touches its driver; again: no effect.
 void watch_forks();
 
 extern bool g_in_bad_fork;  // written once, in the child, before any other code of the child runs

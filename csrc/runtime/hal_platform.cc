@@ -33,7 +33,9 @@ HalPlatform::HalPlatform(const flagos_hal* hal, std::optional<c10::DeviceType> n
       count_(static_cast<c10::DeviceIndex>(count_devices(hal))),
       streams_(hal, count_),
       allocator_(hal, &streams_, count_, native_type),
-      host_allocator_(make_hal_host_allocator(hal)) {}
+      host_allocator_(make_hal_host_allocator(hal)) {
+  watch_forks();  // the chip is open
+}
 
 Platform* make_hal_platform(const flagos_hal* hal) {
   if (std::strcmp(hal->name, "host") == 0) return make_host_platform(hal);

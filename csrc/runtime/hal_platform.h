@@ -66,12 +66,15 @@ class HalPlatform : public Platform {
 
   at::Generator native_generator(c10::DeviceIndex index, bool fresh) override;
 
+  // For code that talks to the chip itself.
+  const flagos_hal* hal() const { return hal_; }
+  flagos_stream handle(c10::Stream stream) const {
+    return streams_.handle(stream.device_index(), streams_.slot_of(stream));
+  }
+
  protected:
   static c10::Stream stream(c10::DeviceIndex index, StreamSlot slot) {
     return c10::Stream(c10::Stream::UNSAFE, flagos_device(index), slot);
-  }
-  flagos_stream handle(c10::Stream stream) const {
-    return streams_.handle(stream.device_index(), streams_.slot_of(stream));
   }
 
   const flagos_hal* hal_;

@@ -12,17 +12,19 @@
 namespace flagos {
 namespace {
 
-class HostPlatform;
-
 class CpuHook final : public c10::Allocator {
  public:
-  CpuHook(CachingAllocator* device_memory, c10::Allocator* ordinary)
-      : device_memory_(device_memory), ordinary_(ordinary) {}
+  CpuHook(const flagos_hal* hal, const StreamTable* streams, CachingAllocator* device_memory, c10::Allocator* ordinary)
+      : hal_(hal), streams_(streams), device_memory_(device_memory), ordinary_(ordinary) {}
 
   c10::DataPtr allocate(size_t nbytes) override {
     const auto device = native_call_device;
     if (C10_LIKELY(device < 0)) return ordinary_->allocate(nbytes);
-    return device_memory_->allocate(device, current_stream_slot[device], nbytes);
+    c10::DataPtr data = device_memory_->allocate(device, current_stream_slot[device], nbytes);
+    // The kernel writes at once, but another thread may have freed this block with work on it still in the stream.
+    hal_check(hal_, "waiting for the stream before an operator's result", device,
+              hal_->stream_sync(device, streams_->current_handle(device)));
+    return data;
   }
   // raw_allocate needs memory whose address is its own context: only ordinary memory has that.
   c10::DeleterFnPtr raw_deleter() const override { return ordinary_->raw_deleter(); }
@@ -31,13 +33,16 @@ class CpuHook final : public c10::Allocator {
   }
 
  private:
+  const flagos_hal* const hal_;
+  const StreamTable* const streams_;
   CachingAllocator* const device_memory_;
   c10::Allocator* const ordinary_;
 };
 
 class HostPlatform final : public HalPlatform {
  public:
-  explicit HostPlatform(const flagos_hal* hal) : HalPlatform(hal, c10::kCPU), hook_(&allocator_, c10::GetCPUAllocator()) {
+  explicit HostPlatform(const flagos_hal* hal)
+      : HalPlatform(hal, c10::kCPU), hook_(hal, &streams_, &allocator_, c10::GetCPUAllocator()) {
     c10::SetCPUAllocator(&hook_, /*priority=*/1);
   }
 

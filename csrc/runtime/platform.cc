@@ -24,7 +24,6 @@ void set_platform(Platform* platform) {
   TORCH_CHECK(platform != nullptr, "flagos: set_platform(nullptr)");
   TORCH_CHECK(g_platform.compare_exchange_strong(expected, platform), "flagos: the chip is already '",
               expected ? expected->chip() : "", "'; it is chosen once per process (FLAGOS_ACCELERATOR)");
-  watch_forks();
   register_hooks();
 }
 
