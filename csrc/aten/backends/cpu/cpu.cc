@@ -1,0 +1,81 @@
+// cpu.cc: the copying CPU fallback: counted, warned about once per operator, forbidden in strict mode (cpu.h).
+#include "csrc/aten/backends/cpu/cpu.h"
+
+#include <ATen/native/CPUFallback.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "csrc/aten/native.h"
+#include "csrc/aten/route.h"
+
+namespace flagos {
+
+namespace {
+
+std::mutex mutex;
+std::map<std::string, uint64_t> counts;
+std::atomic<bool> strict{false};
+
+std::string describe_arguments(const torch::jit::Stack& stack, size_t n) {
+  std::string text;
+  for (const auto& value : torch::jit::last(stack, n)) {
+    if (!value.isTensor() || !value.toTensor().defined()) continue;
+    const auto& t = value.toTensor();
+    text += (text.empty() ? "" : ", ") + std::string(c10::toString(t.scalar_type())) + c10::str(t.sizes());
+  }
+  return text;
+}
+
+void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto name = c10::toString(op.operator_name());
+  const auto arguments = op.schema().arguments().size();
+  TORCH_CHECK(!strict.load(std::memory_order_relaxed), "flagos: strict mode: ", name, "(",
+              describe_arguments(*stack, arguments), ") would run on the CPU; torch_fl.explain(\"", name,
+              "\") says why; torch_fl.strict(False) allows it");
+  bool first = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    first = counts[name]++ == 0;
+  }
+  if (first) {
+    TORCH_WARN("flagos: ", name, "(", describe_arguments(*stack, arguments),
+               ") runs on the CPU: its tensors are copied there and back on every call. torch_fl.explain(\"", name,
+               "\") says why, torch_fl.fallbacks() counts the calls.");
+  }
+  at::native::cpu_fallback(op, stack);
+}
+
+bool available(std::string&) { return true; }
+
+Kernel kernel(const Slot& slot, std::string& why) {
+  if (!slot.op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU)) {
+    why = "torch has no CPU kernel for it";
+    return {};
+  }
+  why = "copies to the CPU and back";
+  return Kernel{nullptr, &run_on_cpu};
+}
+
+FLAGOS_BACKEND(cpu, {"cpu", 100, &available, &kernel});
+
+}  // namespace
+
+std::vector<std::pair<std::string, uint64_t>> fallback_counts() {
+  std::lock_guard<std::mutex> lock(mutex);
+  std::vector<std::pair<std::string, uint64_t>> all;
+  for (const auto& [name, n] : counts) {
+    if (n) all.emplace_back(name, n);
+  }
+  return all;
+}
+
+void reset_fallback_counts() {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (auto& entry : counts) entry.second = 0;  // kept, so that the warning stays once per operator
+}
+
+bool set_strict(bool on) { return strict.exchange(on); }
+
+}  // namespace flagos

@@ -1,0 +1,242 @@
+// call.cc: aliases, their pool, and the way back (call.h).
+#include "csrc/aten/call.h"
+
+#include "csrc/runtime/generator.h"
+
+namespace flagos {
+
+namespace {
+
+const c10::DispatchKeySet kOtherLayouts({c10::DispatchKey::Sparse, c10::DispatchKey::SparseCsr,
+                                         c10::DispatchKey::NestedTensor, c10::DispatchKey::Quantized});
+const c10::DispatchKeySet kLazyBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+
+// A dense tensor over a twin. A class of its own so that device_opt_ and storage_ may be set, and so that the pool can tell
+// an alias that a kernel replaced.
+class AliasImpl final : public c10::TensorImpl {
+ public:
+  AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {}
+
+  void bind(const c10::TensorImpl* source, c10::StorageImpl* twin) {
+    copy_tensor_metadata(source, this, c10::VariableVersion(version_counter_), /*allow_tensor_metadata_change=*/true);
+    key_set_ = native.relabel(source->key_set());
+    storage_ = c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
+    device_opt_ = native.device(source->device().index());
+  }
+  bool reusable() const { return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr; }
+  void unbind() { storage_ = c10::Storage(); }
+};
+
+// Aliases of this thread that no call uses. Plain data, so that a thread-exit order cannot hurt: after its owner's
+// destructor ran the pool is full and empty at once.
+struct AliasPool {
+  static constexpr int kCapacity = 64;
+  AliasImpl* item[kCapacity];
+  int size = 0;
+  bool closed = false;
+  ~AliasPool() {
+    closed = true;
+    while (size) c10::raw::intrusive_ptr::decref(item[--size]);
+  }
+};
+thread_local AliasPool pool;
+
+c10::intrusive_ptr<AliasImpl> take_alias() {
+  auto& p = pool;
+  if (C10_LIKELY(p.size > 0)) return c10::intrusive_ptr<AliasImpl>::reclaim(p.item[--p.size]);
+  return c10::make_intrusive<AliasImpl>();
+}
+
+void recycle(at::Tensor& t) {
+  auto& p = pool;
+  auto* impl = static_cast<AliasImpl*>(t.unsafeGetTensorImpl());
+  if (C10_UNLIKELY(t.use_count() != 1 || !impl->reusable() || p.closed || p.size == AliasPool::kCapacity)) return;
+  impl->unbind();
+  t.unsafeReleaseTensorImpl();
+  p.item[p.size++] = impl;
+}
+
+bool shared(const at::Tensor& t) {
+  return t.use_count() > 1 || t.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
+}
+
+}  // namespace
+
+Call::~Call() {
+  if (entered_) native_call_device = outer_device_;
+  // Backwards: a tensor that was passed twice shares one alias, which its first position owns.
+  for (size_t i = alias_.size(); i-- > 0;) {
+    if (origin_[i].pooled) {
+      recycle(alias_[i]);
+    } else {
+      alias_[i].reset();
+    }
+  }
+}
+
+size_t Call::add(const at::Tensor& t, bool write, bool list) {
+  const size_t position = alias_.size();
+  auto* impl = t.unsafeGetTensorImpl();
+  if (C10_UNLIKELY(!t.defined() || impl->device_type() != kFlagos)) {
+    if (t.defined() && impl->device_type() == c10::DeviceType::CPU && impl->dim() > 0) cpu_tensor_ = true;
+    alias_.push_back(t);
+    origin_.emplace_back();
+    return position;
+  }
+  if (!list) {
+    for (size_t i = 0; i < position; ++i) {
+      if (origin_[i].tensor && origin_[i].tensor->unsafeGetTensorImpl() == impl) {
+        origin_[i].write |= write;
+        alias_.push_back(alias_[i]);
+        origin_.emplace_back();
+        return position;
+      }
+    }
+  }
+  note(impl->device().index());
+  Origin origin;
+  origin.tensor = &t;
+  origin.write = write;
+  if (C10_UNLIKELY(impl->key_set().has_any(kOtherLayouts))) {
+    auto alias = alias_layout(t, write, origin);  // may add members before it
+    alias_.push_back(std::move(alias));
+    origin_.push_back(origin);
+    return alias_.size() - 1;
+  }
+  TORCH_CHECK(impl->has_storage(), "flagos: tensor of type ", t.toString(), " has no storage");
+  origin.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  origin.twin = twin_of(origin.storage);
+  origin.data = origin.twin->_mutable_data_ptr_no_checks().get();
+  origin.nbytes = origin.twin->nbytes();
+  origin.pooled = true;
+  auto alias = take_alias();
+  alias->bind(impl, origin.twin);
+  alias_.emplace_back(std::move(alias));
+  origin_.push_back(origin);
+  return position;
+}
+
+c10::Storage Call::add(const c10::Storage& storage) {
+  if (!storage || storage.device_type() != kFlagos) return storage;
+  note(storage.device().index());
+  auto* twin = twin_of(storage.unsafeGetStorageImpl());
+  storages_.emplace_back(twin, storage);
+  return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
+}
+
+c10::Device Call::map(c10::Device device) {
+  if (device.type() == kFlagos) {
+    const auto index = device.has_index() ? device.index() : platform().current_device();
+    note(index);
+    return native.device(index);
+  }
+  results_native_ |= device.type() == native.type;
+  return device;
+}
+
+c10::Stream Call::map(c10::Stream stream) {
+  if (stream.device_type() != kFlagos) return stream;
+  return c10::Stream(c10::Stream::UNSAFE, native.device(stream.device_index()), stream.id());
+}
+
+std::optional<at::Generator> Call::map(const std::optional<at::Generator>& generator) {
+  if (generator && generator->defined()) return native_of(*generator);
+  // Native CPU kernels would draw from the process-wide generator; a flagos device has its own.
+  if (native.entry && !results_native_ && index_ >= 0) return platform().native_generator(index_, /*fresh=*/false);
+  return generator;
+}
+
+void Call::enter(const char* op, bool mixed_allowed) {
+  if (C10_UNLIKELY(native.entry)) {
+    // Native CPU kernels cannot tell the labels apart, so the check that CUDA kernels make is made here.
+    if (C10_UNLIKELY((mixed_devices_ || (cpu_tensor_ && index_ >= 0)) && !mixed_allowed && !results_native_)) {
+      TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ",
+                  flagos_device(index_), mixed_devices_ ? " and another flagos device" : " and cpu",
+                  " (when checking arguments of ", op, "). Move them with .to(\"", flagos_device(index_), "\").");
+    }
+    if (index_ < 0) index_ = platform().current_device();
+    if (results_native_) return;
+    outer_device_ = native_call_device;
+    entered_ = true;
+    native_call_device = index_;
+    platform().enter_native(index_);
+    return;
+  }
+  if (index_ < 0) index_ = platform().current_device();
+}
+
+void Call::write_back() {
+  for (size_t i = 0; i < origin_.size(); ++i) {
+    const auto& origin = origin_[i];
+    if (!origin.write || !origin.tensor) continue;
+    auto* to = origin.tensor->unsafeGetTensorImpl();
+    auto* from = alias_[i].unsafeGetTensorImpl();
+    if (C10_UNLIKELY(!origin.pooled) && write_back_layout(*origin.tensor, alias_[i])) continue;
+    const auto& memory = origin.twin->_mutable_data_ptr_no_checks();
+    if (C10_UNLIKELY(memory.get() != origin.data || origin.twin->nbytes() != origin.nbytes)) {
+      refresh_from_twin(origin.storage, origin.twin);
+    }
+    auto* twin = from->unsafe_storage().unsafeGetStorageImpl();
+    if (C10_UNLIKELY(twin != origin.twin)) to->set_storage_keep_dtype(storage_of(twin));
+    if (C10_UNLIKELY(from->dtype() != to->dtype())) to->set_storage_and_dtype(to->storage(), from->dtype());
+    if (C10_UNLIKELY((from->key_set() & kLazyBits) != (to->key_set() & kLazyBits))) {
+      origin.tensor->_set_conj(alias_[i].is_conj());
+      origin.tensor->_set_neg(alias_[i].is_neg());
+    }
+    if (C10_UNLIKELY(from->sizes() != to->sizes() || from->strides() != to->strides() ||
+                     from->storage_offset() != to->storage_offset())) {
+      to->set_sizes_and_strides(from->sizes(), from->strides(), from->storage_offset());
+    }
+  }
+}
+
+c10::Storage Call::storage_of(c10::StorageImpl* twin) {
+  for (const auto& origin : origin_) {
+    if (origin.twin == twin && origin.storage) {
+      return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(origin.storage));
+    }
+  }
+  for (const auto& known : storages_) {
+    if (known.first == twin) return known.second;
+  }
+  const auto index = native.type == c10::DeviceType::CPU ? index_ : twin->device().index();
+  c10::Storage storage(flagos_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin), index));
+  storages_.emplace_back(twin, storage);
+  return storage;
+}
+
+at::Tensor Call::result(at::Tensor&& t) {
+  if (!t.defined() || results_native_) return std::move(t);
+  auto* impl = t.unsafeGetTensorImpl();
+  if (C10_UNLIKELY(impl->device_type() != native.type)) return std::move(t);
+  if (C10_UNLIKELY(impl->key_set().has_any(kOtherLayouts) || !impl->has_storage() || shared(t) ||
+                   impl->unsafe_storage().use_count() > 1)) {
+    return shared_result(std::move(t));
+  }
+  // Nobody else has seen this tensor: its storage becomes the twin of a new flagos storage, its label changes in place.
+  const auto index = native.type == c10::DeviceType::CPU ? index_ : impl->device().index();
+  c10::intrusive_ptr<c10::StorageImpl> twin =
+      c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(impl->unsafe_storage().unsafeGetStorageImpl());
+  impl->_change_backend_component_keys(flagos_device(index));
+  impl->set_storage_keep_dtype(c10::Storage(flagos_storage(std::move(twin), index)));
+  return std::move(t);
+}
+
+at::Tensor Call::shared_result(at::Tensor&& t) {
+  auto* impl = t.unsafeGetTensorImpl();
+  for (size_t i = 0; i < alias_.size(); ++i) {
+    if (alias_[i].unsafeGetTensorImpl() != impl) continue;
+    return origin_[i].tensor ? *origin_[i].tensor : std::move(t);  // a native argument stays what it is
+  }
+  if (impl->key_set().has_any(kOtherLayouts) || !impl->has_storage()) return result_layout(t);
+  if (shared(t)) {
+    t = at::Tensor(impl->shallow_copy_and_detach(c10::VariableVersion(0), /*allow_tensor_metadata_change=*/true));
+    impl = t.unsafeGetTensorImpl();
+  }
+  auto storage = storage_of(impl->unsafe_storage().unsafeGetStorageImpl());
+  impl->_change_backend_component_keys(storage.device());
+  impl->set_storage_keep_dtype(std::move(storage));
+  return std::move(t);
+}
+
+}  // namespace flagos

@@ -1,0 +1,44 @@
+// native.h: the label under which torch's own kernels accept this chip's memory, fixed when the platform is chosen.
+#pragma once
+
+#include <c10/core/Device.h>
+#include <c10/core/DispatchKeySet.h>
+
+#include "csrc/runtime/platform.h"
+
+namespace flagos {
+
+// Torch's kernels see a chip's memory as `type` tensors: CUDA on NVIDIA, CPU on the simulated host. Read-only after
+// set_native().
+struct Native {
+  bool present = false;  // false: torch has no kernels for this chip (MetaX, Ascend)
+  bool entry = false;    // Platform::enter_native must run before a kernel
+  c10::DeviceType type = c10::DeviceType::CPU;
+  c10::BackendComponent backend = c10::BackendComponent::CPUBit;
+  c10::DispatchKeySet dense;  // what Op::redispatch gets
+  uint64_t flagos_bits = 0;   // the bits of a key set that say flagos ...
+  uint64_t native_bits = 0;   // ... and those that say native instead
+
+  c10::DispatchKey key(c10::DispatchKey functionality) const {
+    return c10::toRuntimePerBackendFunctionalityKey(functionality, backend);
+  }
+  // A flagos tensor's key set under the native label.
+  c10::DispatchKeySet relabel(c10::DispatchKeySet keys) const {
+    return c10::DispatchKeySet(c10::DispatchKeySet::RAW, (keys.raw_repr() & ~flagos_bits) | native_bits);
+  }
+  c10::Device device(c10::DeviceIndex index) const {
+    return type == c10::DeviceType::CPU ? c10::Device(type) : c10::Device(type, index);
+  }
+};
+
+extern Native native;
+
+// Derives `native` from the platform. Called once, before any operator is registered.
+void set_native(const Platform& platform);
+
+// Keys that a kernel below autograd must not dispatch to again.
+inline c10::DispatchKeySet keys_above_native() {
+  return c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+}
+
+}  // namespace flagos

@@ -1,0 +1,49 @@
+// register.cc: connects the typed routes with PyTorch's dispatcher, once the platform is known (register.h).
+#include "csrc/aten/register.h"
+
+#include "csrc/aten/native.h"
+
+namespace flagos {
+
+void register_native_backend();   // backends/native
+void register_layouts();          // boxed.cc
+void register_host_composites();  // composite.cc
+
+namespace {
+
+// An operator is left to torch's composition when that is what its own devices do, or when serving it whole cannot tell a
+// result that was asked for on the CPU from one for the device.
+bool serve(const TypedRoute& route, const c10::OperatorHandle& op) {
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) return false;  // ours, registered statically
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) return false;
+  if (!native.present) return false;  // no chip of that kind has kernels yet
+  if (op.hasKernelForDispatchKey(native.key(c10::DispatchKey::Dense))) return true;
+  return route.whole && !(route.takes_device && native.type == c10::DeviceType::CPU);
+}
+
+}  // namespace
+
+void register_operators() {
+  set_native(platform());
+  register_native_backend();
+  if (native.present && native.type == c10::DeviceType::CPU) register_host_composites();
+  static auto* const library =
+      new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& table : typed_routes()) {
+    for (const auto* route = table.begin; route != table.begin + table.size; ++route) {
+      const auto full = std::string("aten::") + route->name;
+      const auto dot = full.find('.');
+      const auto overload = dot == std::string::npos ? std::string() : full.substr(dot + 1);
+      const auto op = dispatcher.findOp({full.substr(0, dot), overload});
+      if (!op || !serve(*route, *op)) continue;
+      route->slot->name = route->name;
+      route->slot->relabel = route->relabel;
+      add_slot(*route->slot, *op);
+      library->impl(route->name, route->function());
+    }
+  }
+  if (native.present) register_layouts();
+}
+
+}  // namespace flagos

@@ -1,0 +1,294 @@
+// route.cc: the routing table: slots, backends, resolution, the slow path (route.h).
+#include "csrc/aten/route.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <mutex>
+#include <unordered_map>
+
+#include "csrc/aten/native.h"
+
+namespace flagos {
+
+namespace {
+
+struct Table {
+  std::mutex mutex;  // guards everything below; never held while a kernel runs
+  std::map<std::string, Slot*, std::less<>> slots;
+  std::map<std::string, RouteLine, std::less<>> wishes;  // conf and environment
+  std::unordered_map<const void*, Slot*> boxed;          // operators without a typed route, by identity
+};
+
+Table& table() {
+  static auto* const t = new Table;  // outlives every thread that may still call an operator
+  return *t;
+}
+
+std::vector<Backend>& backends() {
+  static auto* const list = new std::vector<Backend>;
+  return *list;
+}
+
+// What makes calls unusual. Any of them turns the fast pointers off.
+std::atomic<bool> logging{false};
+std::atomic<bool> counting{false};
+std::atomic<int> threads_with_routes{0};
+
+struct ThreadRoutes {
+  std::vector<std::map<const Slot*, const Decision*>> frames;
+};
+thread_local ThreadRoutes thread_routes;
+
+bool usual() {
+  return !logging.load(std::memory_order_relaxed) && !counting.load(std::memory_order_relaxed) &&
+         threads_with_routes.load(std::memory_order_relaxed) == 0;
+}
+
+void update_fast(Slot& slot) {
+  const auto* decision = slot.decision.load(std::memory_order_acquire);
+  const bool direct = usual() && decision && decision->resolution.error.empty();
+  slot.fast.store(direct ? decision->kernel.typed : nullptr, std::memory_order_release);
+}
+
+void update_all() {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  for (auto& [name, slot] : t.slots) update_fast(*slot);
+}
+
+std::vector<Candidate> candidates_of(const Slot& slot, std::vector<Kernel>& kernels) {
+  std::vector<Candidate> candidates;
+  for (const auto& backend : backends()) {
+    Candidate candidate{backend.name, false, ""};
+    Kernel kernel;
+    if (backend.available(candidate.why)) kernel = backend.kernel(slot, candidate.why);
+    candidate.usable = static_cast<bool>(kernel);
+    candidates.push_back(std::move(candidate));
+    kernels.push_back(kernel);
+  }
+  return candidates;
+}
+
+struct BoxedCall final : c10::OperatorKernel {
+  explicit BoxedCall(BoxedFunction* f) : function(f) {}
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    function(op, keys, stack);
+  }
+  BoxedFunction* function;
+};
+
+// The decision for a slot and a wish; an equal earlier one is used again, so that switching back and forth costs no memory.
+const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
+  std::vector<Kernel> kernels;
+  const auto candidates = candidates_of(slot, kernels);
+  auto resolution = resolve(slot.name, wish, candidates);
+  for (const auto& known : slot.decisions) {
+    if (known->resolution.backend == resolution.backend && known->resolution.origin == resolution.origin &&
+        known->resolution.error == resolution.error) {
+      return known.get();
+    }
+  }
+  auto decision = std::make_unique<Decision>();
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    if (candidates[i].backend == resolution.backend && !resolution.backend.empty()) decision->kernel = kernels[i];
+  }
+  if (decision->kernel.boxed) {
+    decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
+  }
+  decision->resolution = std::move(resolution);
+  slot.decisions.push_back(std::move(decision));
+  return slot.decisions.back().get();
+}
+
+void settle(Slot& slot) {
+  slot.decision.store(decide(slot, slot.wish_api ? slot.wish_api : slot.wish), std::memory_order_release);
+  update_fast(slot);
+}
+
+Slot& slot_named(Table& t, const std::string& name) {
+  const auto found = t.slots.find(name);
+  if (found != t.slots.end()) return *found->second;
+  if (!std::binary_search(operator_names().begin(), operator_names().end(), name)) {
+    const auto near = nearest(name, operator_names());
+    throw ConfigError("unknown operator '" + name + "'" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
+  }
+  throw ConfigError("operator '" + name + "' has no route: it is composed of other operators; route those");
+}
+
+std::string plain_name(const c10::OperatorName& name) {
+  auto full = c10::toString(name);
+  return full.compare(0, 6, "aten::") == 0 ? full.substr(6) : full;
+}
+
+Slot& slot_of_boxed(const c10::OperatorHandle& op) {
+  const void* identity = &op.operator_name();
+  thread_local std::unordered_map<const void*, Slot*> known;
+  auto& mine = known[identity];
+  if (C10_LIKELY(mine != nullptr)) return *mine;
+  auto& t = table();
+  std::unique_lock<std::mutex> lock(t.mutex);
+  auto& slot = t.boxed[identity];
+  if (!slot) {
+    auto* fresh = new Slot;
+    fresh->name = plain_name(op.operator_name());
+    slot = fresh;
+    lock.unlock();
+    add_slot(*fresh, op);
+  }
+  return *(mine = slot);
+}
+
+}  // namespace
+
+bool register_backend(Backend backend) {
+  auto& list = backends();
+  const auto at = std::upper_bound(list.begin(), list.end(), backend,
+                                   [](const Backend& a, const Backend& b) { return a.rank < b.rank; });
+  list.insert(at, std::move(backend));
+  return true;
+}
+
+const OpNames& operator_names() {
+  static const OpNames names = [] {
+    OpNames all;
+    for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) all.push_back(plain_name(name));
+    std::sort(all.begin(), all.end());
+    return all;
+  }();
+  return names;
+}
+
+const Decision& take_slow_path(Slot& slot) {
+  const Decision* decision = nullptr;
+  for (auto frame = thread_routes.frames.rbegin(); frame != thread_routes.frames.rend() && !decision; ++frame) {
+    const auto own = frame->find(&slot);
+    if (own != frame->end()) decision = own->second;
+  }
+  if (!decision) decision = slot.decision.load(std::memory_order_acquire);
+  TORCH_INTERNAL_ASSERT(decision, "flagos: ", slot.name, " was called before torch_fl finished its import");
+  const auto& resolution = decision->resolution;
+  TORCH_CHECK_NOT_IMPLEMENTED(resolution.error.empty() || resolution.origin != "default", "Could not run '",
+                              slot.op ? c10::toString(slot.op->operator_name()) : slot.name,
+                              "' on flagos (", platform().chip(), "): ", resolution.error,
+                              "; torch_fl.explain('", slot.name, "') shows what was tried");
+  TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
+  if (counting.load(std::memory_order_relaxed)) decision->calls.fetch_add(1, std::memory_order_relaxed);
+  if (logging.load(std::memory_order_relaxed)) {
+    std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", slot.name.c_str(), resolution.backend.c_str());
+  }
+  return *decision;
+}
+
+void boxed_route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& decision = take_slow_path(slot_of_boxed(op));
+  decision.kernel.boxed(op, keys, stack);
+}
+
+void add_slot(Slot& slot, const c10::OperatorHandle& op) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  slot.op = op;
+  t.slots.emplace(slot.name, &slot);
+  const auto wish = t.wishes.find(slot.name);
+  if (wish != t.wishes.end()) slot.wish = wish->second;
+  settle(slot);
+}
+
+void configure(const std::vector<RouteLine>& lines) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  t.wishes.clear();
+  for (const auto& line : lines) t.wishes.insert_or_assign(line.op, line);
+  for (auto& [name, slot] : t.slots) {
+    const auto wish = t.wishes.find(name);
+    slot->wish = wish == t.wishes.end() ? std::nullopt : std::optional<RouteLine>(wish->second);
+    settle(*slot);
+  }
+}
+
+void set_route(const std::string& op, const std::string& backend) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  auto& slot = slot_named(t, op);
+  if (backend.empty()) {
+    slot.wish_api.reset();
+  } else {
+    slot.wish_api = RouteLine{op, backend, "set_route"};
+  }
+  settle(slot);
+}
+
+void push_thread_routes(const std::vector<RouteLine>& lines) {
+  auto& t = table();
+  std::map<const Slot*, const Decision*> frame;
+  {
+    std::lock_guard<std::mutex> lock(t.mutex);
+    for (const auto& line : lines) {
+      auto& slot = slot_named(t, line.op);
+      frame.emplace(&slot, decide(slot, line));
+    }
+  }
+  thread_routes.frames.push_back(std::move(frame));
+  if (threads_with_routes.fetch_add(1) == 0) update_all();
+}
+
+void pop_thread_routes() {
+  TORCH_CHECK(!thread_routes.frames.empty(), "flagos: this thread has no routes of its own to leave");
+  thread_routes.frames.pop_back();
+  if (threads_with_routes.fetch_sub(1) == 1) update_all();
+}
+
+std::vector<RouteView> routes() {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  std::vector<RouteView> all;
+  for (const auto& [name, slot] : t.slots) {
+    const auto& r = slot->decision.load()->resolution;
+    std::string reason = r.error;
+    for (const auto& step : r.steps) {
+      if (step.chosen) reason = step.reason;
+    }
+    all.push_back({name, r.backend, r.origin, reason});
+  }
+  return all;
+}
+
+Resolution explain(const std::string& op) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  return slot_named(t, op).decision.load()->resolution;
+}
+
+std::vector<CallCount> call_counts() {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  std::vector<CallCount> counts;
+  for (const auto& [name, slot] : t.slots) {
+    for (const auto& decision : slot->decisions) {
+      const auto calls = decision->calls.load(std::memory_order_relaxed);
+      if (calls) counts.push_back({name, decision->resolution.backend, calls});
+    }
+  }
+  return counts;
+}
+
+bool set_logging(bool on) {
+  const bool before = logging.exchange(on);
+  update_all();
+  return before;
+}
+
+bool set_counting(bool on) {
+  const bool before = counting.exchange(on);
+  if (on && !before) {
+    auto& t = table();
+    std::lock_guard<std::mutex> lock(t.mutex);
+    for (auto& [name, slot] : t.slots) {
+      for (auto& decision : slot->decisions) decision->calls.store(0);
+    }
+  }
+  update_all();
+  return before;
+}
+
+}  // namespace flagos

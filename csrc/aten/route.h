@@ -1,0 +1,126 @@
+// route.h: the whole data path of a call, from PyTorch's dispatcher to the kernel that serves it. Read it top to bottom.
+//
+//   at::mm(x, y) -> dispatcher (Autograd, Autocast: torch's own) -> key PrivateUse1 -> Route<at::_ops::mm>::call
+//     -> slot.fast: one pointer load, one test, one call of the typed kernel, for example Relabel<at::_ops::mm>::call.
+//   When the pointer is null something unusual is on (logging, counting, a thread's own routes, a kernel that takes boxed
+//   arguments, an error to throw): take_slow_path() says which decision serves this call.
+//   Operators without a Route of their own (other libraries', newer torch's) arrive in boxed_route(): same slots, by name.
+#pragma once
+
+#include <ATen/core/boxing/KernelFunction.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "csrc/aten/resolve.h"
+
+namespace flagos {
+
+struct Backend;
+
+// A kernel takes its arguments typed (its address; the signature is the operator's) or boxed on a stack. Boxed ones are
+// functions of (operator, key set, stack).
+using BoxedFunction = void(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*);
+struct Kernel {
+  void* typed = nullptr;
+  BoxedFunction* boxed = nullptr;
+  explicit operator bool() const { return typed || boxed; }
+};
+
+// The outcome of resolving one operator: made once per (operator, backend, origin), never freed, so that a pointer to it
+// stays good while other threads change routes.
+struct Decision {
+  Resolution resolution;
+  Kernel kernel;
+  c10::BoxedKernel boxed;  // calls kernel.boxed; valid when that is set
+  mutable std::atomic<uint64_t> calls{0};
+};
+
+// One operator's place in the routing table.
+struct Slot {
+  std::string name;                             // "mm.out"
+  void* relabel = nullptr;                      // Relabel<Op>::call, or null for an operator without a typed route
+  std::atomic<void*> fast{nullptr};             // the typed kernel when nothing unusual is on
+  std::atomic<const Decision*> decision{nullptr};
+  std::optional<c10::OperatorHandle> op;        // set at registration
+  std::optional<RouteLine> wish;                // guarded by the table's mutex, as are the next two
+  std::optional<RouteLine> wish_api;            // set_route(); beats `wish`
+  std::vector<std::unique_ptr<Decision>> decisions;
+};
+
+// What serves this call; logs and counts it. Throws the decision's error.
+const Decision& take_slow_path(Slot& slot);
+
+template <class Op, class Schema = typename Op::schema>
+struct Route;
+
+template <class Op, class R, class... A>
+struct Route<Op, R(A...)> {
+  static inline Slot slot;
+
+  static R call(A... a) {
+    void* kernel = slot.fast.load(std::memory_order_relaxed);
+    if (C10_LIKELY(kernel != nullptr)) return reinterpret_cast<R (*)(A...)>(kernel)(std::forward<A>(a)...);
+    const Decision& decision = take_slow_path(slot);
+    if (decision.kernel.typed) return reinterpret_cast<R (*)(A...)>(decision.kernel.typed)(std::forward<A>(a)...);
+    return c10::impl::BoxedKernelWrapper<R(A...)>::call(decision.boxed, *slot.op, c10::DispatchKeySet(),
+                                                        std::forward<A>(a)...);
+  }
+};
+
+// The PrivateUse1 fallback: every operator that has no kernel registered for flagos.
+void boxed_route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
+
+// boxed.cc: the boxed counterpart of Relabel, for any operator; `functionality` names the layout's key (Dense, Sparse, ...).
+void relabel_boxed(const c10::OperatorHandle& op, c10::DispatchKey functionality, torch::jit::Stack* stack);
+
+// ---- backends -----------------------------------------------------------------------------------------------------------
+
+// A backend registers itself (FLAGOS_BACKEND in its own file). Backends are asked in the order of `rank` when no wish names one.
+struct Backend {
+  std::string name;
+  int rank;
+  // Whether the backend can run in this process; when not, says why.
+  bool (*available)(std::string& why);
+  // The kernel for an operator; none says why.
+  Kernel (*kernel)(const Slot& slot, std::string& why);
+};
+bool register_backend(Backend backend);
+#define FLAGOS_BACKEND(NAME, ...) static const bool flagos_backend_##NAME = ::flagos::register_backend(__VA_ARGS__)
+
+// ---- the table (route.cc) -----------------------------------------------------------------------------------------------
+
+// Puts a slot into the table; the operator must exist in torch. Slots live for ever.
+void add_slot(Slot& slot, const c10::OperatorHandle& op);
+
+// Replaces all conf and environment wishes at once and resolves every slot; throws ConfigError with nothing applied.
+void configure(const std::vector<RouteLine>& lines);
+
+// set_route at run time; an empty backend returns the operator to conf, environment or default.
+void set_route(const std::string& op, const std::string& backend);
+
+// Routes of the calling thread only, innermost last: route(...) as a context manager.
+void push_thread_routes(const std::vector<RouteLine>& lines);
+void pop_thread_routes();
+
+struct RouteView {
+  std::string op, backend, origin, reason;
+};
+std::vector<RouteView> routes();
+Resolution explain(const std::string& op);
+struct CallCount {
+  std::string op, backend;
+  uint64_t calls;
+};
+std::vector<CallCount> call_counts();
+bool set_logging(bool on);   // returns the previous value
+bool set_counting(bool on);  // likewise; turning it on sets the counts to zero
+
+// Every operator name a line may use, sorted.
+const OpNames& operator_names();
+
+}  // namespace flagos

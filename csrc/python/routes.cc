@@ -1,0 +1,94 @@
+// routes.cc: the routing table's bindings; torch_fl/routing.py is their face.
+#include <torch/csrc/utils/pybind.h>
+
+#include <fstream>
+#include <sstream>
+
+#include "csrc/aten/backends/cpu/cpu.h"
+#include "csrc/aten/native.h"
+#include "csrc/aten/route.h"
+#include "csrc/python/bindings.h"
+
+namespace py = pybind11;
+
+namespace flagos {
+
+namespace {
+
+using Environment = std::map<std::string, std::string>;
+
+// Reads and checks everything before anything is applied. An empty path means that no conf file is used.
+void configure_from(const std::string& path, const Environment& env) {
+  std::vector<RouteLine> lines;
+  if (!path.empty()) {
+    std::ifstream file(path);
+    if (!file) throw ConfigError(path + ": cannot be read; FLAGOS_BACKEND_CONFIG must name an existing conf file");
+    std::stringstream text;
+    text << file.rdbuf();
+    lines = parse_conf(text.str(), path, operator_names());
+  }
+  for (auto& line : parse_env(env, operator_names())) lines.push_back(std::move(line));  // later ones win
+  configure(lines);
+}
+
+std::vector<RouteLine> parse_routes(const std::map<std::string, std::string>& routes, const char* origin) {
+  std::vector<RouteLine> lines;
+  for (const auto& [op, backend] : routes) {
+    auto parsed = parse_conf(op + " = " + backend, origin, operator_names());
+    parsed.front().origin = origin;
+    lines.push_back(std::move(parsed.front()));
+  }
+  return lines;
+}
+
+void set_route_checked(const std::string& op, const std::optional<std::string>& backend) {
+  if (!backend) return set_route(op, "");
+  const auto line = parse_routes({{op, *backend}}, "set_route").front();
+  set_route(line.op, line.backend);
+}
+
+}  // namespace
+
+void bind_routes(py::module_& m) {
+  m.def("_configure", &configure_from, py::arg("path"), py::arg("env"));
+  m.def("_routes", [] {
+    std::vector<std::tuple<std::string, std::string, std::string, std::string>> rows;
+    for (const auto& r : routes()) rows.emplace_back(r.op, r.backend, r.origin, r.reason);
+    return rows;
+  });
+  m.def("_explain", [](const std::string& op) {
+    std::vector<std::tuple<std::string, bool, std::string>> rows;
+    for (const auto& step : explain(op).steps) rows.emplace_back(step.backend, step.chosen, step.reason);
+    return rows;
+  });
+  m.def("_set_route", &set_route_checked, py::arg("op"), py::arg("backend"));
+  m.def("_push_thread_route", [](const std::map<std::string, std::string>& routes) {
+    push_thread_routes(parse_routes(routes, "route"));
+  });
+  m.def("_pop_thread_route", &pop_thread_routes);
+  m.def("_registered_ops", [] {
+    std::vector<std::string> names;
+    for (const auto& r : routes()) names.push_back(r.op);
+    return names;
+  });
+  m.def("_counts", [] {
+    std::vector<std::tuple<std::string, std::string, uint64_t>> rows;
+    for (const auto& c : call_counts()) rows.emplace_back(c.op, c.backend, c.calls);
+    return rows;
+  });
+  m.def("_set_counting", &set_counting);
+  m.def("_set_log", &set_logging);
+  m.def("_fallbacks", [] {
+    std::map<std::string, uint64_t> rows;
+    for (const auto& [op, n] : fallback_counts()) rows.emplace(op, n);
+    return rows;
+  });
+  m.def("_reset_fallbacks", &reset_fallback_counts);
+  m.def("_set_strict", &set_strict);
+  m.def("_native_key", []() -> std::optional<std::string> {
+    if (!native.present) return std::nullopt;
+    return c10::toString(native.key(c10::DispatchKey::Dense));
+  });
+}
+
+}  // namespace flagos
