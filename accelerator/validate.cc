@@ -309,7 +309,7 @@ class Validator {
       return misuse(entry, "the kind says that %s is host memory, but %p belongs to device %d", side, p, owner);
     }
     if (!inside) {
-      return misuse(entry, "%s [%p, + %llu bytes) is not inside one live block of a device", side, p,
+      return misuse(entry, "%s [%p, + %llu bytes) is not memory inside one live block of a device", side, p,
                     static_cast<unsigned long long>(n));
     }
     if (owner == kHost) return misuse(entry, "the kind says that %s is device memory, but %p is pinned", side, p);
@@ -364,7 +364,7 @@ class Validator {
     return *stream ? unwrap_in(streams_, entry, "stream", device, stream) : FLAGOS_OK;
   }
   flagos_status unwrap(const char* entry, int32_t device, flagos_event* event) {
-    return unwrap_in(events_, entry, "event", device, event);
+    return *event ? unwrap_in(events_, entry, "event", device, event) : misuse(entry, "event is NULL");
   }
 
   void report_leaks() {
