@@ -3,6 +3,7 @@
 import ctypes
 import os
 from ctypes import byref, c_void_p
+from itertools import pairwise
 
 import pytest
 from hal_abi import D2D, D2H, DEVICE, H2D, H2H, INVALID_ARGUMENT, OK, OUT_OF_MEMORY, PINNED, UNKNOWN, PointerInfo
@@ -44,7 +45,7 @@ def test_malloc_too_large(hal, size):
 
 def test_blocks_do_not_overlap(hal):
     blocks = sorted(hal.alloc(1000) for _ in range(100))
-    assert all(b - a >= 1000 for a, b in zip(blocks, blocks[1:], strict=False))
+    assert all(b - a >= 1000 for a, b in pairwise(blocks))
     for p in blocks:
         hal.do.free(0, p)
 
