@@ -174,7 +174,7 @@ void CudaPlatform::device_info(c10::DeviceIndex index, flagos_device_info* info)
   C10_CUDA_CHECK(cudaGetDeviceProperties(&p, index));
   *info = flagos_device_info{};
   info->struct_size = sizeof(*info);
-  std::snprintf(info->name, sizeof(info->name), "%s", p.name);
+  std::snprintf(info->name, sizeof(info->name), "%.127s", p.name);
   std::snprintf(info->arch, sizeof(info->arch), "sm_%d%d", p.major, p.minor);
   int driver = 0, runtime = 0;
   C10_CUDA_CHECK(cudaDriverGetVersion(&driver));

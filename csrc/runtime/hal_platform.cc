@@ -33,7 +33,8 @@ HalPlatform::HalPlatform(const flagos_hal* hal, std::optional<c10::DeviceType> n
       count_(static_cast<c10::DeviceIndex>(count_devices(hal))),
       streams_(hal, count_),
       allocator_(hal, &streams_, count_, native_type),
-      host_allocator_(make_hal_host_allocator(hal)) {
+      host_allocator_(make_hal_host_allocator(hal)),
+      default_generators_(count_) {
   watch_forks();  // the chip is open
 }
 
@@ -115,6 +116,12 @@ void* HalPlatform::device_address(const c10::DataPtr& native) const {
   return block->device_ptr + (static_cast<char*>(native.get()) - block->native);
 }
 
+void* HalPlatform::native_address(void* address) const {
+  void* alias = nullptr;
+  if (address == nullptr || hal_->host_alias == nullptr || hal_->host_alias(address, &alias) != FLAGOS_OK) return address;
+  return alias;
+}
+
 bool HalPlatform::is_pinned(const void* ptr) const {
   flagos_pointer_info info{};
   info.struct_size = sizeof(info);
@@ -182,7 +189,14 @@ void HalPlatform::copy_bytes(void* dst, c10::Device dst_device, const void* src,
   if (wait) synchronize_stream(s);
 }
 
-at::Generator HalPlatform::native_generator(c10::DeviceIndex index, bool /*fresh*/) {
+at::Generator HalPlatform::native_generator(c10::DeviceIndex index, bool fresh) {
+  if (fresh) return make_generator(index, true);
+  DefaultGenerator& entry = default_generators_[index];
+  std::call_once(entry.once, [&] { entry.generator = make_generator(index, false); });
+  return entry.generator;
+}
+
+at::Generator HalPlatform::make_generator(c10::DeviceIndex index, bool /*fresh*/) const {
   return make_philox_generator(index);
 }
 

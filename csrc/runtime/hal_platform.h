@@ -49,6 +49,7 @@ class HalPlatform : public Platform {
   c10::DataPtr allocate(size_t nbytes) override { return allocator_.allocate(nbytes); }
   c10::Allocator* native_allocator() override { return &allocator_; }
   void* device_address(const c10::DataPtr& native) const override;
+  void* native_address(void* device_address) const override;
   void record_stream(const c10::DataPtr& native, c10::Stream stream) override {
     allocator_.recordStream(native, stream);
   }
@@ -64,7 +65,7 @@ class HalPlatform : public Platform {
   void copy_bytes(void* dst, c10::Device dst_device, const void* src, c10::Device src_device, size_t nbytes,
                   c10::Stream stream) override;
 
-  at::Generator native_generator(c10::DeviceIndex index, bool fresh) override;
+  at::Generator native_generator(c10::DeviceIndex index, bool fresh) final;
 
   // For code that talks to the chip itself.
   const flagos_hal* hal() const { return hal_; }
@@ -77,12 +78,20 @@ class HalPlatform : public Platform {
     return c10::Stream(c10::Stream::UNSAFE, flagos_device(index), slot);
   }
 
+  // `fresh` as in native_generator; called once per device with false.
+  virtual at::Generator make_generator(c10::DeviceIndex index, bool fresh) const;
+
   const flagos_hal* hal_;
   const std::optional<c10::DeviceType> native_type_;
   c10::DeviceIndex count_ = 0;
   StreamTable streams_;
   mutable CachingAllocator allocator_;
   at::HostAllocator* host_allocator_;  // never destroyed: tensors may outlive static objects
+  struct DefaultGenerator {
+    std::once_flag once;
+    at::Generator generator;
+  };
+  std::vector<DefaultGenerator> default_generators_;
   std::mutex raw_mutex_;
   std::unordered_map<void*, c10::DataPtr> raw_;
 };

@@ -54,7 +54,7 @@ class HostPlatform final : public HalPlatform {
   }
 
   // Each device has its own CPU generator: equal seeds give the CPU's numbers. Like the CPU's own it starts unpredictably.
-  at::Generator native_generator(c10::DeviceIndex /*index*/, bool fresh) override {
+  at::Generator make_generator(c10::DeviceIndex /*index*/, bool fresh) const override {
     return fresh ? at::detail::createCPUGenerator()
                  : at::detail::createCPUGenerator(c10::detail::getNonDeterministicRandom());
   }

@@ -84,6 +84,9 @@ class Platform {
   // The address that a flagos tensor shows for memory that native kernels see as `native`: the same one, unless the chip
   // hides device memory from the host. `native` need not come from allocate(): then it is returned unchanged.
   virtual void* device_address(const c10::DataPtr& native) const { return native.get(); }
+  // The other way: the address that native kernels use for an address that a flagos tensor shows. Memory that the chip
+  // does not know comes back unchanged.
+  virtual void* native_address(void* device_address) const { return device_address; }
   virtual void record_stream(const c10::DataPtr& native, c10::Stream stream) = 0;
   virtual c10::DeviceAllocator& allocator() = 0;  // cache, statistics; never used to allocate
   virtual at::HostAllocator& host_allocator() = 0;
@@ -109,7 +112,8 @@ class Platform {
   virtual void enter_native(c10::DeviceIndex /*index*/) {}
 
   // ---- random numbers -----------------------------------------------------------------------------------------------------
-  // The native generator behind the flagos generator of a device; `fresh` makes one with its own state.
+  // The native generator behind the default generator of a device, always the same one; `fresh` makes one with its own
+  // state.
   virtual at::Generator native_generator(c10::DeviceIndex index, bool fresh) = 0;
 };
 

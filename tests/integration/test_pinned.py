@@ -113,12 +113,17 @@ def test_copies_from_ordinary_memory_are_finished():
 
 
 def test_statistics():
+    _C._host_empty_cache()
     before = flagos.host_memory_stats()
-    x = torch.empty(3000, dtype=torch.uint8, pin_memory=True)
+    x = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
     after = flagos.host_memory_stats()
-    assert after["active_requests.current"] == before["active_requests.current"] + 1
-    assert after["active_bytes.current"] == before["active_bytes.current"] + 4096
-    assert x.is_pinned()
+    assert after["num_host_alloc"] == before["num_host_alloc"] + 1
+    assert after["allocated_bytes.current"] == before["allocated_bytes.current"] + (64 << 20)
+    del x
+    _C._host_empty_cache()
+    end = flagos.host_memory_stats()
+    assert end["num_host_free"] > before["num_host_free"]
+    assert end["allocated_bytes.current"] <= before["allocated_bytes.current"]
 
 
 def test_data_loader():
