@@ -66,7 +66,8 @@ def test_to(src, dst, dtype, non_blocking):
     x = source(dtype)
     moved = place(x, src).to(dst, non_blocking=non_blocking)
     assert moved.device == torch.device(dst) and moved.dtype is dtype
-    torch.flagos.synchronize()
+    for where in {src, dst} - {"cpu"}:
+        torch.flagos.synchronize(where)
     assert torch.equal(bits(moved), bits(x))
 
 
@@ -77,7 +78,8 @@ def test_layouts(src, dst, layout):
     y = place(x, src)
     moved = y.to(dst)
     assert torch.equal(moved.cpu(), x)
-    assert moved.stride() == x.to("cpu", copy=True).stride(), "preserve_format differs from the CPU's"
+    if src != dst:
+        assert moved.stride() == x.to("cpu", copy=True).stride(), "preserve_format differs from the CPU's"
     for target_layout in LAYOUTS:
         shape = x.shape
         if len(shape) != 4 or target_layout in ("expanded", "empty", "scalar", "permuted", "offset"):

@@ -16,13 +16,12 @@ ROUTED = {
     "mm": lambda x: torch.mm(x, x),
     "mm.out": lambda x: torch.mm(x, x, out=torch.empty(0, device=x.device)),
     "sum.dim_IntList": lambda x: x.sum(0),
-    "sort": lambda x: x.sort(0).values,
+    "sort.stable": lambda x: x.sort(0).values,
     "cat": lambda x: torch.cat([x, x.t()]),
     "relu_": lambda x: x.clone().relu_(),
     "native_layer_norm": lambda x: torch.nn.functional.layer_norm(x, (4,)),
     "index.Tensor": lambda x: x[torch.tensor([0, 2], device=x.device), :],
-    "_foreach_add.Scalar": lambda x: torch._foreach_add([x, x], 1)[1],
-    "_foreach_mul_.Scalar": lambda x: [y := x.clone(), torch._foreach_mul_([y], 3)][0],
+    "_fused_sgd_": lambda x: fused_sgd(x),
     "max.dim": lambda x: x.max(1).indices,
     "normal_": lambda x: x.clone().normal_(generator=torch.Generator(x.device).manual_seed(1)) if x.is_flagos
     else x.clone().normal_(generator=torch.Generator().manual_seed(1)),
@@ -30,6 +29,13 @@ ROUTED = {
     "clamp.Tensor": lambda x: x.clamp(torch.zeros(4, device=x.device)),
     "_softmax": lambda x: x.softmax(-1),
 }
+
+
+def fused_sgd(x):
+    """An operator that changes lists of tensors."""
+    parameter, gradient = x.clone(), torch.ones_like(x)
+    torch._fused_sgd_([parameter], [gradient], [], weight_decay=0.0, momentum=0.0, lr=0.5, dampening=0.0, nesterov=False, maximize=False, is_first_step=False)
+    return parameter
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,10 @@ stream_create stream_destroy stream_sync stream_query stream_native_handle strea
 event_create event_destroy event_record event_sync event_query event_elapsed_ms stream_wait_event device_sync
 can_access_peer enable_peer last_error""".split()
 
-# Calls whose failure need not surface, with the reason. Everything else must raise.
+# Calls whose failure need not surface, with the reason; "entry in work" means only there. Everything else must raise.
 QUIET = {
+    "event_create in copies": "a pinned block that cannot be recorded is waited for instead",
+    "event_record in copies": "a pinned block that cannot be recorded is waited for instead",
     "event_destroy": "called from destructors, which cannot raise",
     "host_free": "called from destructors, which cannot raise",
     "stream_query": "only asked whether cached memory may be reused: a failure means 'not yet'",
@@ -157,7 +159,7 @@ def test_each_fault_is_one_clean_exception(work):
             # The traceback keeps the work's frame, and with it its tensors.
             caught.__traceback__ = None
         where = f"{entry}@{n}"
-        if error is None and entry not in QUIET:
+        if error is None and not {entry, f"{entry} in {work.__name__}"} & QUIET.keys():
             problems.append(f"{where}: raised nothing")
         elif error is not None:
             if not issubclass(kind, RuntimeError):
@@ -197,19 +199,20 @@ def test_out_of_memory_frees_the_cache_and_retries():
         torch.empty(1 << 20, device="flagos")
     text = str(error.value)
     assert "MiB" in text or "GiB" in text or "bytes" in text
-    assert "allocated" in text and "OUT_OF_MEMORY" in text, text
+    assert "in tensors" in text and "the chip" in text, text
     settle()
     assert live() == blocks and torch.empty(1 << 20, device="flagos").numel() == 1 << 20
 
 
 @pytest.mark.parametrize("status", ["INVALID_ARGUMENT", "UNSUPPORTED", "TIMEOUT", "FAILED_PRECONDITION", "UNAVAILABLE", "NOT_FOUND"])
 def test_every_status_is_named_in_the_message(status):
+    pinned = torch.ones(1000).pin_memory()
     settle()
     sim.set_fail(f"copy_async@1={status}")
     with pytest.raises(RuntimeError, match=rf"flagos:0.*{status}"):
-        torch.ones(1000).to("flagos")
+        pinned.to("flagos", non_blocking=True)
     settle()
-    assert torch.ones(1000).to("flagos").sum().item() == 1000
+    assert pinned.to("flagos", non_blocking=True).sum().item() == 1000
 
 
 def test_lost_device_stays_lost_and_says_so():

@@ -72,7 +72,7 @@ sum4.restype, sum4.argtypes = ctypes.c_float, [ctypes.c_void_p]
 x = torch.ones(4, device="flagos")
 """
     dies(prepare + "print('wrong data', sum4(x.data_ptr()))")
-    result = run_python("import torch\n" + prepare + "print(sum4(x.cpu().data_ptr()))", **HOST)
+    result = run_python("import torch\n" + prepare + "y = x.cpu(); print(sum4(y.data_ptr()))", **HOST)
     assert result.stdout.strip() == "4.0", result.stderr
 
 

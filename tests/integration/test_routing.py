@@ -33,7 +33,7 @@ def test_table():
     names = [r.op for r in routes]
     assert len(set(names)) == len(names)
     assert not any(name.startswith("aten::") for name in names)
-    assert {"mm", "add.Tensor", "mm.out", "cat", "_foreach_add.List", "native_layer_norm"} <= set(names)
+    assert {"mm", "add.Tensor", "mm.out", "cat", "sort.stable", "native_layer_norm"} <= set(names)
     assert {r.backend for r in routes} <= BACKENDS
     assert all(r.reason and r.origin for r in routes)
     assert set(torch_fl.get_registered_ops()) == set(names)
@@ -247,11 +247,12 @@ def test_nothing_half_applied_after_a_bad_conf(tmp_path):
 def test_fused_names_with_underscores_in_the_environment():
     """'__' stands for '.', but operator names have underscores of their own."""
     out = check_python(
-        "import torch_fl\nroutes = {r.op: r.backend for r in torch_fl.routes()}\nprint(routes['_foreach_add_.Scalar'], routes['__lshift__.Scalar'])",
-        FLAGOS_OP__foreach_add___Scalar="cpu",
+        "import torch_fl\nroutes = {r.op: r.backend for r in torch_fl.routes()}\nprint(routes['_fused_sgd_'], routes['__lshift__.Scalar'], routes['add_.Tensor'])",
+        FLAGOS_OP__fused_sgd_="cpu",
+        FLAGOS_OP_add___Tensor="cpu",
         FLAGOS_OP___lshift____Scalar="cpu",
     )
-    assert out.split() == ["cpu", "cpu"]
+    assert out.split() == ["cpu", "cpu", "cpu"]
 
 
 def test_counts_by_backend(device):

@@ -27,4 +27,12 @@ class KnownFailure:
         )
 
 
-KNOWN_FAILURES: tuple[KnownFailure, ...] = ()
+KNOWN_FAILURES: tuple[KnownFailure, ...] = (
+    KnownFailure(
+        "nn.functional.max_pool1d",
+        "forward",
+        "torch's max_pool1d asks for is_cpu() and has a kernel with other strides there; CUDA goes our way too",
+        cases=("19/transposed",),
+        chip=None,
+    ),
+)
