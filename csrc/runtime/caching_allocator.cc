@@ -19,8 +19,9 @@ size_t rounded(size_t nbytes) { return (nbytes + kUnit - 1) / kUnit * kUnit; }
 
 }  // namespace
 
-DeviceCache::DeviceCache(const flagos_hal* hal, const StreamTable* streams, c10::DeviceIndex device)
-    : hal_(hal), streams_(streams), device_(device) {}
+DeviceCache::DeviceCache(const flagos_hal* hal, const StreamTable* streams, c10::DeviceIndex device,
+                         AddressMap* by_address)
+    : hal_(hal), streams_(streams), device_(device), by_address_(by_address) {}
 
 // ---- counting -------------------------------------------------------------------------------------------------------
 
@@ -153,6 +154,7 @@ void DeviceCache::split(Block* block, size_t size) {
   if (block->next != nullptr) block->next->prev = rest;
   block->next = rest;
   block->size = size;
+  if (by_address_ != nullptr) by_address_->set(rest->native, rest);
   count_inactive(rest, 1);
   push(rest);
 }
@@ -320,8 +322,9 @@ void DeviceCache::finish_events() {
 CachingAllocator::CachingAllocator(const flagos_hal* hal, const StreamTable* streams, int device_count,
                                    std::optional<c10::DeviceType> label)
     : streams_(streams), label_(label) {
+  AddressMap* const by_address = label == c10::kCPU ? &addresses() : nullptr;
   for (int i = 0; i < device_count; i++)
-    caches_.push_back(std::make_unique<DeviceCache>(hal, streams, static_cast<c10::DeviceIndex>(i)));
+    caches_.push_back(std::make_unique<DeviceCache>(hal, streams, static_cast<c10::DeviceIndex>(i), by_address));
 }
 
 c10::DataPtr CachingAllocator::allocate(c10::DeviceIndex device, StreamSlot stream, size_t nbytes) {
@@ -329,13 +332,28 @@ c10::DataPtr CachingAllocator::allocate(c10::DeviceIndex device, StreamSlot stre
   const c10::Device label = label_ ? c10::Device(*label_) : flagos_device(device);
   if (C10_UNLIKELY(nbytes == 0)) return c10::DataPtr(nullptr, label);
   Block* block = caches_[device]->allocate(stream, nbytes);
+  if (label_ == c10::kCPU) return c10::DataPtr(block->native, block->native, &free_address, label);
   return c10::DataPtr(block->native, block, &free_block, label);
+}
+
+AddressMap& CachingAllocator::addresses() {
+  static AddressMap* const map = new AddressMap();  // never destroyed: tensors may outlive static objects
+  return *map;
 }
 
 void CachingAllocator::free_block(void* context) {
   if (C10_UNLIKELY(in_bad_fork())) return;  // the parent's memory, and perhaps a lock that nobody will ever release
   Block* block = static_cast<Block*>(context);
   block->pool->cache->free(block);
+}
+
+void CachingAllocator::free_address(void* context) { try_free_address(context); }
+
+bool CachingAllocator::try_free_address(void* address) noexcept {
+  Block* block = addresses().find(address);
+  if (block == nullptr) return false;
+  free_block(block);
+  return true;
 }
 
 void CachingAllocator::copy_data(void* dest, const void* src, std::size_t count) const {

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/runtime/address_map.h"
 #include "csrc/runtime/hal_streams.h"
 #include "csrc/runtime/platform.h"
 #include "csrc/runtime/spin_lock.h"
@@ -28,7 +29,7 @@ namespace flagos {
 class DeviceCache;
 struct BlockPool;
 
-// A piece of a segment. It is the context of a DataPtr while allocated.
+// A piece of a segment. It is the context of a DataPtr while allocated, or found from the address that is (AddressMap).
 struct Block {
   enum State : uint8_t { kFree, kAllocated, kAwaitingFree };
 
@@ -95,7 +96,8 @@ enum StatKind { kAllocation, kActive, kAllocatedBytes, kActiveBytes, kRequestedB
 // The cache of one device. Public members lock; private ones named *_locked expect the lock to be held.
 class DeviceCache {
  public:
-  DeviceCache(const flagos_hal* hal, const StreamTable* streams, c10::DeviceIndex device);
+  // `by_address`: where to note every block's address; nullptr: nowhere.
+  DeviceCache(const flagos_hal* hal, const StreamTable* streams, c10::DeviceIndex device, AddressMap* by_address);
 
   Block* allocate(StreamSlot stream, size_t nbytes);
   void free(Block* block) noexcept;
@@ -145,6 +147,7 @@ class DeviceCache {
   const flagos_hal* hal_;
   const StreamTable* streams_;
   const c10::DeviceIndex device_;
+  AddressMap* const by_address_;
   SpinLock mutex_;
   std::array<std::array<std::unique_ptr<BlockPool>, 2>, kStreamSlots> pools_;
   Counter counters_[kStatKinds][3];  // aggregate, small, large
@@ -163,15 +166,19 @@ class DeviceCache {
 // All devices' caches behind PyTorch's interface. allocate() serves the current device and stream.
 class CachingAllocator final : public c10::DeviceAllocator {
  public:
-  // `label` is the device type that the DataPtrs carry; nullopt: flagos.
+  // `label` is the device type that the DataPtrs carry; nullopt: flagos. With CPU a DataPtr's context is its address.
   CachingAllocator(const flagos_hal* hal, const StreamTable* streams, int device_count,
                    std::optional<c10::DeviceType> label);
 
   c10::DataPtr allocate(c10::DeviceIndex device, StreamSlot stream, size_t nbytes);
   // The block behind a DataPtr of this allocator, nullptr for any other.
   static Block* block_of(const c10::DataPtr& ptr) noexcept {
-    return ptr.get_deleter() == &free_block ? static_cast<Block*>(ptr.get_context()) : nullptr;
+    if (ptr.get_deleter() == &free_block) return static_cast<Block*>(ptr.get_context());
+    if (ptr.get_deleter() == &free_address) return addresses().find(ptr.get_context());
+    return nullptr;
   }
+  // Frees an address from allocate() under the CPU label; false, and nothing done, for any other address.
+  static bool try_free_address(void* address) noexcept;
   DeviceCache& cache(c10::DeviceIndex device) { return *caches_[device]; }
 
   c10::DataPtr allocate(size_t nbytes) override {
@@ -190,6 +197,8 @@ class CachingAllocator final : public c10::DeviceAllocator {
 
  private:
   static void free_block(void* context);
+  static void free_address(void* context);
+  static AddressMap& addresses();
 
   const StreamTable* streams_;
   std::optional<c10::DeviceType> label_;

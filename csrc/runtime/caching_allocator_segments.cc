@@ -81,6 +81,7 @@ flagos_status DeviceCache::add_segment(Lock& lock, BlockPool& p, size_t size, bo
       lock.unlock();
       TORCH_CHECK(false, text);
     }
+    if (by_address_ != nullptr) by_address_->cover(native, size);
   }
   lock.lock();
   in_flight_ -= size;
@@ -91,6 +92,7 @@ flagos_status DeviceCache::add_segment(Lock& lock, BlockPool& p, size_t size, bo
   block->size = size;
   block->pool = &p;
   block->state = Block::kFree;
+  if (by_address_ != nullptr) by_address_->set(native, block);
   segments_[block->native] = {block->device_ptr, size, block};
   mallocs_++;
   used_ = true;

@@ -26,13 +26,21 @@ class CpuHook final : public c10::Allocator {
               hal_->stream_sync(device, streams_->current_handle(device)));
     return data;
   }
-  // raw_allocate needs memory whose address is its own context: only ordinary memory has that.
-  c10::DeleterFnPtr raw_deleter() const override { return ordinary_->raw_deleter(); }
+  // raw_allocate may come inside a native call and raw_deallocate outside one, or the other way round.
+  c10::DeleterFnPtr raw_deleter() const override { return &free_either; }
+  // Nobody else may take device memory's DataPtr apart, for example to share it copy-on-write.
+  bool is_simple_data_ptr(const c10::DataPtr& ptr) const override {
+    return CachingAllocator::block_of(ptr) == nullptr && ordinary_->is_simple_data_ptr(ptr);
+  }
   void copy_data(void* dest, const void* src, std::size_t count) const override {
     default_copy_data(dest, src, count);
   }
 
  private:
+  static void free_either(void* address) {
+    if (!CachingAllocator::try_free_address(address)) c10::GetDefaultCPUAllocator()->raw_deallocate(address);
+  }
+
   const flagos_hal* const hal_;
   const StreamTable* const streams_;
   CachingAllocator* const device_memory_;

@@ -297,6 +297,10 @@ void both_addresses() {
     void* alias = nullptr;
     EXPECT(hal->host_alias(block->device_ptr, &alias) == FLAGOS_OK && alias == p->get());
   }
+  EXPECT(a.get_context() == a.get() && !CachingAllocator::try_free_address(&f));
+  void* const raw = f.memory.raw_allocate(777);  // the address alone must be enough to free it
+  EXPECT(f.stats().allocation[0].current == 3 && CachingAllocator::try_free_address(raw));
+  EXPECT(f.stats().allocation[0].current == 2);
   c10::DataPtr empty = f.get(0);
   EXPECT(empty.get() == nullptr && CachingAllocator::block_of(empty) == nullptr);
 }
