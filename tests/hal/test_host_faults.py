@@ -282,7 +282,7 @@ hal.do.stream_sync(0, None)
 print(time.monotonic() - start)
 """
     calm, delayed = (float(script(code, FLAGOS_SIM_CHAOS=seed).stdout) for seed in ("0", "5"))
-    assert delayed > 0.008 > 0.002 and calm < delayed
+    assert delayed > 0.008 and calm < delayed
 
 
 # ---- fork and life cycle ----------------------------------------------------------------------------------------
