@@ -13,12 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chips
+import hal_chips as chips
 import pytest
-from hal_abi import Hal, Library
-
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+from hal_abi import HERE, ROOT, Hal, Library
 
 
 def pytest_addoption(parser):
@@ -28,7 +25,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "needs(*tags): capabilities of a chip, see tests/hal/chips.py")
+    config.addinivalue_line("markers", "needs(*tags): capabilities of a chip, see tests/hal/hal_chips.py")
     config.addinivalue_line("markers", "devices(n): the test needs n devices of the chip")
 
 

@@ -3,6 +3,10 @@
 import ctypes
 from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint16, c_uint32, c_uint64
 from ctypes import c_void_p as ptr
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 STATUS = (
     "OK INVALID_ARGUMENT OUT_OF_MEMORY NOT_FOUND UNAVAILABLE UNSUPPORTED NOT_READY FAILED_PRECONDITION TIMEOUT "

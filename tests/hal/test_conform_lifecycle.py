@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import byref, c_int32, c_uint64
 
-import chips
+import hal_chips as chips
 import pytest
 from hal_abi import (
     DEVICE_ENTRIES,
@@ -52,7 +52,7 @@ def test_required_entry_is_present(hal, entry):
 @pytest.mark.parametrize("tag", [tag for tag, detect in chips.TAGS.items() if detect])
 def test_unsupported_list_is_true(opened, chip, tag):
     listed = tag in chips.UNSUPPORTED.get(chip, {})
-    assert chips.TAGS[tag](opened) != listed, "tests/hal/chips.py is wrong about this capability"
+    assert chips.TAGS[tag](opened) != listed, "tests/hal/hal_chips.py is wrong about this capability"
 
 
 def test_unsupported_entries_have_reasons():

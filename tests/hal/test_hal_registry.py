@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HERE, ROOT
-from hal_abi import NOT_FOUND, OK, STATUS, Table
+from hal_abi import HERE, NOT_FOUND, OK, ROOT, STATUS, Table
 
 SOURCE = HERE / "small_chip.cc"
 

@@ -6,8 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import HERE, ROOT
-from hal_abi import ENTRIES, STATUS, DeviceInfo, PointerInfo, Table
+from hal_abi import ENTRIES, HERE, ROOT, STATUS, DeviceInfo, PointerInfo, Table
 
 HEADER = ROOT / "include/flagos.h"
 

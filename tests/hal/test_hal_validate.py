@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HERE, ROOT
+from hal_abi import HERE, ROOT
 
 FINDINGS = {
     "double free": ("p = hal.alloc(64); hal.do.free(0, p)", "hal.free(0, p)", "freed before (double free)"),

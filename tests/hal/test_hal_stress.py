@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import HERE, ROOT
+from hal_abi import HERE, ROOT
 
 
 @pytest.mark.parametrize("seed", ["0", "11"])
