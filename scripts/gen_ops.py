@@ -50,7 +50,7 @@ def table():
     for function in parsed.native_functions:
         name = str(function.func.name)
         native = has_native_kernel(function)
-        if name in OURS or function.has_composite_implicit_autograd_kernel or not (native or name in WHOLE):
+        if name in OURS or not (native or name in WHOLE):
             continue
         struct = function.func.name.unambiguous_name()
         stem = function.root_name
@@ -58,7 +58,7 @@ def table():
         declared = header.exists() and re.search(rf"struct TORCH_API {struct} ", header.read_text())
         if declared:
             device = any("Device" in str(argument.type) for argument in function.func.arguments.flat_all)
-            rows.append((name, struct, stem, name in WHOLE and not native, device))
+            rows.append((name, struct, stem, name in WHOLE, device))
     return sorted(rows)
 
 

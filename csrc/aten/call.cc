@@ -94,6 +94,7 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
     }
   }
   note(impl->device().index());
+  flagos_tensor_ = true;
   Origin origin;
   origin.tensor = &t;
   origin.write = write;
@@ -109,6 +110,7 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
   origin.data = origin.twin->_mutable_data_ptr_no_checks().get();
   origin.nbytes = origin.twin->nbytes();
   origin.pooled = true;
+  if (C10_UNLIKELY(origin.nbytes == 0) && impl->numel() > 0) released_ = &t;
   auto alias = take_alias();
   alias->bind(impl, origin.twin);
   alias_.emplace_back(std::move(alias));
@@ -140,29 +142,44 @@ c10::Stream Call::map(c10::Stream stream) {
 }
 
 std::optional<at::Generator> Call::map(const std::optional<at::Generator>& generator) {
-  if (generator && generator->defined()) return native_of(*generator);
+  if (generator && generator->defined()) {
+    TORCH_CHECK(index_ >= 0 && !results_native_, "Expected a 'cpu' device type for generator but found '",
+                generator->device().type(), "'");
+    return native_of(*generator);
+  }
   // Native CPU kernels would draw from the process-wide generator; a flagos device has its own.
-  if (native.entry && !results_native_ && index_ >= 0) return platform().native_generator(index_, /*fresh=*/false);
+  if (native.entry && !results_native_) return platform().native_generator(index_, /*fresh=*/false);
   return generator;
 }
 
-void Call::enter(const char* op, bool mixed_allowed) {
-  if (C10_UNLIKELY(native.entry)) {
-    // Native CPU kernels cannot tell the labels apart, so the check that CUDA kernels make is made here.
-    if (C10_UNLIKELY((mixed_devices_ || (cpu_tensor_ && index_ >= 0)) && !mixed_allowed && !results_native_)) {
-      TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ",
-                  flagos_device(index_), mixed_devices_ ? " and another flagos device" : " and cpu",
-                  " (when checking arguments of ", op, "). Move them with .to(\"", flagos_device(index_), "\").");
-    }
-    if (index_ < 0) index_ = platform().current_device();
-    if (results_native_) return;
-    outer_device_ = native_call_device;
-    entered_ = true;
-    native_call_device = index_;
-    platform().enter_native(index_);
-    return;
+void Call::refuse(const char* op, bool mixed_allowed) const {
+  const std::string_view name(op);
+  if (released_ && name != "aten::resize_" && name != "aten::set_") {
+    TORCH_CHECK(false, "flagos: ", name, ": a tensor of ", released_->nbytes(),
+                " bytes uses a storage of 0 bytes (was it released with untyped_storage().resize_(0)?); resize the "
+                "storage back first");
   }
-  if (index_ < 0) index_ = platform().current_device();
+  // Native CPU kernels cannot tell the labels apart, so the check that CUDA kernels make is made here.
+  if (!native.entry || mixed_allowed || results_native_) return;
+  TORCH_CHECK(other_index_ < 0, "Expected all tensors to be on the same device, but found at least two devices, ",
+              flagos_device(index_), " and ", flagos_device(other_index_), "! (when checking arguments of ", name,
+              "). Move them with .to(\"", flagos_device(index_), "\").");
+  TORCH_CHECK(!cpu_tensor_ || !flagos_tensor_,
+              "Expected all tensors to be on the same device, but found at least two devices, ", flagos_device(index_),
+              " and cpu! (when checking arguments of ", name, "). Move them with .to(\"", flagos_device(index_), "\").");
+}
+
+void Call::enter(const char* op, bool mixed_allowed) {
+  if (C10_UNLIKELY(released_ != nullptr || other_index_ >= 0 || (cpu_tensor_ && flagos_tensor_))) {
+    refuse(op, mixed_allowed);
+  }
+  const bool nothing_of_ours = index_ < 0;
+  if (nothing_of_ours) index_ = platform().current_device();
+  if (!native.entry || results_native_) return;
+  outer_device_ = native_call_device;
+  entered_ = true;
+  native_call_device = index_;
+  platform().enter_native(index_);
 }
 
 void Call::write_back() {

@@ -57,9 +57,10 @@ class Call {
     bool pooled = false;
   };
 
+  void refuse(const char* op, bool mixed_allowed) const;
   void note(c10::DeviceIndex index) {
     if (index_ < 0) index_ = index;
-    mixed_devices_ |= index != index_;
+    if (index != index_) other_index_ = index;
   }
   at::Tensor shared_result(at::Tensor&& t);
   c10::Storage storage_of(c10::StorageImpl* twin);
@@ -76,7 +77,9 @@ class Call {
   std::forward_list<at::Tensor> members_;  // of sparse arguments: keeps what Origin::tensor points at
   c10::DeviceIndex index_ = -1;
   c10::DeviceIndex outer_device_ = -1;
-  bool mixed_devices_ = false;
+  c10::DeviceIndex other_index_ = -1;       // a second flagos device among the arguments
+  const at::Tensor* released_ = nullptr;    // an argument whose storage was resized to nothing
+  bool flagos_tensor_ = false;
   bool cpu_tensor_ = false;      // a CPU tensor with dimensions among the arguments
   bool results_native_ = false;  // the caller asked for results on the CPU
   bool entered_ = false;

@@ -15,7 +15,11 @@ namespace {
 // result that was asked for on the CPU from one for the device.
 bool serve(const TypedRoute& route, const c10::OperatorHandle& op) {
   if (op.hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) return false;  // ours, registered statically
-  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) return false;
+  // Below autograd a composition is cut off from it, unless torch has a derivative for the operator as a whole.
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
+      !op.hasKernelForDispatchKey(c10::DispatchKey::Autograd)) {
+    return false;
+  }
   if (!native.present) return false;  // no chip of that kind has kernels yet
   if (op.hasKernelForDispatchKey(native.key(c10::DispatchKey::Dense))) return true;
   return route.whole && !(route.takes_device && native.type == c10::DeviceType::CPU);

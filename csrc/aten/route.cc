@@ -50,10 +50,17 @@ void update_fast(Slot& slot) {
   slot.fast.store(direct ? decision->kernel.typed : nullptr, std::memory_order_release);
 }
 
-void update_all() {
+// Changes one of the three and then every fast pointer, so that two threads cannot leave them at odds.
+template <class Change>
+auto change_usual(Change change) {
   auto& t = table();
   std::lock_guard<std::mutex> lock(t.mutex);
-  for (auto& [name, slot] : t.slots) update_fast(*slot);
+  const bool was_usual = usual();
+  const auto before = change();
+  if (usual() != was_usual) {
+    for (auto& [name, slot] : t.slots) update_fast(*slot);
+  }
+  return before;
 }
 
 std::vector<Candidate> candidates_of(const Slot& slot, std::vector<Kernel>& kernels) {
@@ -115,11 +122,6 @@ Slot& slot_named(Table& t, const std::string& name) {
   throw ConfigError("operator '" + name + "' has no route: it is composed of other operators; route those");
 }
 
-std::string plain_name(const c10::OperatorName& name) {
-  auto full = c10::toString(name);
-  return full.compare(0, 6, "aten::") == 0 ? full.substr(6) : full;
-}
-
 Slot& slot_of_boxed(const c10::OperatorHandle& op) {
   const void* identity = &op.operator_name();
   thread_local std::unordered_map<const void*, Slot*> known;
@@ -146,6 +148,11 @@ bool register_backend(Backend backend) {
                                    [](const Backend& a, const Backend& b) { return a.rank < b.rank; });
   list.insert(at, std::move(backend));
   return true;
+}
+
+std::string plain_name(const c10::OperatorName& name) {
+  auto full = c10::toString(name);
+  return full.compare(0, 6, "aten::") == 0 ? full.substr(6) : full;
 }
 
 const OpNames& operator_names() {
@@ -229,13 +236,13 @@ void push_thread_routes(const std::vector<RouteLine>& lines) {
     }
   }
   thread_routes.frames.push_back(std::move(frame));
-  if (threads_with_routes.fetch_add(1) == 0) update_all();
+  change_usual([] { return threads_with_routes.fetch_add(1); });
 }
 
 void pop_thread_routes() {
   TORCH_CHECK(!thread_routes.frames.empty(), "flagos: this thread has no routes of its own to leave");
   thread_routes.frames.pop_back();
-  if (threads_with_routes.fetch_sub(1) == 1) update_all();
+  change_usual([] { return threads_with_routes.fetch_sub(1); });
 }
 
 std::vector<RouteView> routes() {
@@ -273,22 +280,19 @@ std::vector<CallCount> call_counts() {
 }
 
 bool set_logging(bool on) {
-  const bool before = logging.exchange(on);
-  update_all();
-  return before;
+  return change_usual([on] { return logging.exchange(on); });
 }
 
 bool set_counting(bool on) {
-  const bool before = counting.exchange(on);
-  if (on && !before) {
-    auto& t = table();
-    std::lock_guard<std::mutex> lock(t.mutex);
-    for (auto& [name, slot] : t.slots) {
-      for (auto& decision : slot->decisions) decision->calls.store(0);
+  return change_usual([on] {
+    const bool before = counting.exchange(on);
+    if (on && !before) {
+      for (auto& [name, slot] : table().slots) {
+        for (auto& decision : slot->decisions) decision->calls.store(0);
+      }
     }
-  }
-  update_all();
-  return before;
+    return before;
+  });
 }
 
 }  // namespace flagos

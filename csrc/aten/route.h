@@ -120,6 +120,9 @@ std::vector<CallCount> call_counts();
 bool set_logging(bool on);   // returns the previous value
 bool set_counting(bool on);  // likewise; turning it on sets the counts to zero
 
+// "mm.out": the dispatcher's name without "aten::". The one spelling of an operator's name in confs, logs and tables.
+std::string plain_name(const c10::OperatorName& name);
+
 // Every operator name a line may use, sorted.
 const OpNames& operator_names();
 

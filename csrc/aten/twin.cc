@@ -33,18 +33,23 @@ void drop_twin(void* context) { c10::raw::intrusive_ptr::decref(static_cast<c10:
 
 std::mutex adopt_mutex;
 
+c10::DataPtr label(c10::intrusive_ptr<c10::StorageImpl> twin, void* address, c10::DeviceIndex index) {
+  return c10::DataPtr(address, twin.release(), &drop_twin, flagos_device(index));
+}
+
 c10::StorageImpl* adopt(c10::StorageImpl* storage) {
   std::lock_guard<std::mutex> lock(adopt_mutex);
   auto& ptr = storage->_mutable_data_ptr_no_checks();
   if (ptr.get_deleter() == &drop_twin) return static_cast<c10::StorageImpl*>(ptr.get_context());
   const auto index = std::max<c10::DeviceIndex>(ptr.device().index(), 0);
-  c10::DataPtr old = std::move(ptr);
-  old.unsafe_set_device(native.device(index));
+  void* const address = ptr.get();
+  const auto deleter = ptr.get_deleter();
+  c10::DataPtr native_ptr(platform().native_address(address), ptr.release_context(), deleter, native.device(index));
   auto twin = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage->nbytes(),
-                                                    std::move(old), platform().native_allocator(),
+                                                    std::move(native_ptr), platform().native_allocator(),
                                                     storage->resizable());
   auto* result = twin.get();
-  ptr = label_twin(std::move(twin), index);
+  ptr = label(std::move(twin), address, index);
   return result;
 }
 
@@ -53,7 +58,7 @@ c10::StorageImpl* adopt(c10::StorageImpl* storage) {
 c10::DataPtr label_twin(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIndex index) {
   const auto& ptr = twin->_mutable_data_ptr_no_checks();
   void* address = native.entry ? platform().device_address(ptr) : ptr.get();
-  return c10::DataPtr(address, twin.release(), &drop_twin, flagos_device(index));
+  return label(std::move(twin), address, index);
 }
 
 c10::intrusive_ptr<c10::StorageImpl> flagos_storage(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIndex index) {

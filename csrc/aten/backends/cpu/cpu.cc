@@ -29,7 +29,7 @@ std::string describe_arguments(const torch::jit::Stack& stack, size_t n) {
 }
 
 void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  const auto name = c10::toString(op.operator_name());
+  const auto name = plain_name(op.operator_name());
   const auto arguments = op.schema().arguments().size();
   TORCH_CHECK(!strict.load(std::memory_order_relaxed), "flagos: strict mode: ", name, "(",
               describe_arguments(*stack, arguments), ") would run on the CPU; torch_fl.explain(\"", name,
