@@ -190,6 +190,7 @@ void HalPlatform::copy_bytes(void* dst, c10::Device dst_device, const void* src,
 }
 
 at::Generator HalPlatform::native_generator(c10::DeviceIndex index, bool fresh) {
+  index = checked_index(index);
   if (fresh) return make_generator(index, true);
   DefaultGenerator& entry = default_generators_[index];
   std::call_once(entry.once, [&] { entry.generator = make_generator(index, false); });
