@@ -40,7 +40,7 @@ def _checked_index(device=None) -> int:
     index = _get_device_index(device)
     count = device_count()
     if not 0 <= index < count:
-        raise AssertionError(f"flagos:{index} does not exist: this machine has {count} flagos device(s)")
+        raise RuntimeError(f"flagos:{index} does not exist: this machine has {count} flagos device(s)")
     return index
 
 
@@ -56,7 +56,7 @@ def is_available() -> bool:
 
 def current_device() -> int:
     """Index of the calling thread's current device."""
-    return torch._C._accelerator_getDeviceIndex()
+    return _C._current_device()
 
 
 def set_device(device) -> None:

@@ -121,9 +121,9 @@ def reset_peak_host_memory_stats() -> None:
     _C._reset_peak_host_memory_stats()
 
 
-def memory_snapshot() -> list[dict]:
-    """Every segment taken from the chip, with its blocks."""
-    return _C._memory_snapshot()
+def memory_snapshot(mempool_id=None, include_traces: bool = False) -> list[dict]:
+    """Every segment taken from the chip, with its blocks. There is one pool, (0, 0), and no traces are recorded."""
+    return _C._memory_snapshot() if mempool_id in (None, (0, 0)) else []
 
 
 def _snapshot(device=None, augment_with_fx_traces: bool = False) -> dict:

@@ -63,16 +63,21 @@ class ExternalStream(Stream):
         return super().__new__(cls, **_ids(_C._external_stream(stream_ptr, _checked_index(device))))
 
 
-class Event(torch.Event):
-    """A point in the work of a stream, to wait for, or (with enable_timing) to measure from."""
+class _EventType(type):
+    def __instancecheck__(cls, obj):
+        return isinstance(obj, torch.Event) and obj.device.type == "flagos"
 
-    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **ignored):
+
+class Event(metaclass=_EventType):
+    """A point in the work of a stream, to wait for, or (with enable_timing) to measure from.
+
+    Makes torch.Event objects: torch.Event.elapsed_time and torch.Stream.wait_event refuse those of a subclass.
+    """
+
+    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False):
         if interprocess:
             raise NotImplementedError("flagos events cannot be shared between processes; pass interprocess=False")
-        return super().__new__(cls, "flagos", enable_timing=enable_timing, blocking=blocking)
-
-    def __repr__(self):
-        return f"torch.flagos.Event(event_id={self.event_id:#x})"
+        return torch.Event("flagos", enable_timing=enable_timing, blocking=blocking)
 
 
 def _ids(triple):
@@ -80,13 +85,9 @@ def _ids(triple):
     return {"stream_id": stream_id, "device_index": device_index, "device_type": device_type}
 
 
-def _wrap(stream: torch.Stream) -> Stream:
-    return Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
-
-
 def current_stream(device=None) -> Stream:
     """The calling thread's current stream of a device."""
-    return _wrap(torch._C._accelerator_getStream(_checked_index(device)))
+    return Stream(**_ids(_C._current_stream(_checked_index(device))))
 
 
 def default_stream(device=None) -> Stream:
