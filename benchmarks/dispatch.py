@@ -5,10 +5,10 @@
     python benchmarks/dispatch.py --add-overhead           # only: what a flagos call adds to a 1-element add
     python benchmarks/dispatch.py --pair cuda,flagos --json benchmarks/results/dispatch.json
 
-Tensors are tiny, so the time is the host's: dispatch, relabelling, allocation. A shared machine swings by tens of percent
-within seconds; therefore the two devices alternate batch by batch and the figure is a median over pairs:
-`ratio` = median of the second device / median of the first, `pairs` = median of the pairwise ratios, `+ns` = median of the
-pairwise differences. On a GPU the queue is drained between batches, outside the measured time.
+Tensors are tiny, so the time is the host's: dispatch, relabelling, allocation. A shared machine swings by tens of
+percent within seconds; therefore the two devices alternate batch by batch and the figure is a median over pairs:
+`ratio` = median of the second device / median of the first, `pairs` = median of the pairwise ratios, `+ns` = median
+of the pairwise differences. On a GPU the queue is drained between batches, outside the measured time.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def print_table(mode, devices, rows):
         if "error" in row:
             print(f"{name:20} {row['error']}")
         else:
-            print(f"{name:20}{row['first_ns']:9}{row['second_ns']:9}{row['ratio']:8.3f}{row['pairs']:8.3f}{row['plus_ns']:8}")
+            times = f"{row['first_ns']:9}{row['second_ns']:9}"
+            print(f"{name:20}{times}{row['ratio']:8.3f}{row['pairs']:8.3f}{row['plus_ns']:8}")
     good = [row for row in rows.values() if "error" not in row]
     summary = {
         "operators": len(good),
@@ -185,7 +186,11 @@ def print_table(mode, devices, rows):
         "median_pairs": round(statistics.median(r["pairs"] for r in good), 3),
         "worst": max((n for n in rows if "error" not in rows[n]), key=lambda n: rows[n]["pairs"]),
     }
-    print(f"median over {summary['operators']} operators: ratio {summary['median_ratio']}, pairs {summary['median_pairs']}; ", end="")
+    print(
+        f"median over {summary['operators']} operators: ratio {summary['median_ratio']}, "
+        f"pairs {summary['median_pairs']}; ",
+        end="",
+    )
     print(f"worst: {summary['worst']} {rows[summary['worst']]['pairs']}")
     return summary
 

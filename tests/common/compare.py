@@ -59,8 +59,8 @@ def metadata(tensor: torch.Tensor) -> dict:
         return data
     data["shape"] = tuple(tensor.shape)
     if is_plain(tensor):
-        # A stride of a dimension with at most one element, or of an empty tensor, is not observable but is compared too:
-        # the same kernel computes it from the same input.
+        # A stride of a dimension with at most one element, or of an empty tensor, is not observable but is compared
+        # too: the same kernel computes it from the same input.
         data.update(
             stride=tuple(tensor.stride()),
             offset=tensor.storage_offset(),
@@ -114,12 +114,14 @@ def same_results(actual, expected, device, where="output", rtol=None, atol=None,
             raise Mismatch(f"{where}: has another structure than the CPU's")
         if type(actual) is not type(expected):
             raise Mismatch(f"{where}: is a {type(actual).__name__}, the CPU's is a {type(expected).__name__}")
-        pairs = enumerate(zip(actual, expected))
+        pairs = enumerate(zip(actual, expected, strict=True))
         return all([same_results(a, e, device, f"{where}[{i}]", rtol, atol, values, skip) for i, (a, e) in pairs])
     if isinstance(expected, dict):
         if not isinstance(actual, dict) or actual.keys() != expected.keys():
             raise Mismatch(f"{where}: has other keys than the CPU's")
-        return all([same_results(actual[k], e, device, f"{where}[{k}]", rtol, atol, values, skip) for k, e in expected.items()])
+        return all(
+            [same_results(actual[k], e, device, f"{where}[{k}]", rtol, atol, values, skip) for k, e in expected.items()]
+        )
     if isinstance(expected, torch.device):
         if isinstance(actual, torch.device) and actual.type == torch.device(device).type:
             return True
@@ -140,6 +142,6 @@ def same_results(actual, expected, device, where="output", rtol=None, atol=None,
 def same_inputs_after(actual, expected, device) -> None:
     """An operator must have left (or changed) its inputs as the CPU's did."""
     got, want = tensors_in(actual), tensors_in(expected)
-    for index, (a, e) in enumerate(zip(got, want)):
+    for index, (a, e) in enumerate(zip(got, want, strict=True)):
         same_metadata(a, e, device, f"input {index} after the call")
         same_values(a, e, f"input {index} after the call")

@@ -41,7 +41,8 @@ def optimizer_tasks() -> list[dict]:
     return tasks
 
 
-# ---- modules ----------------------------------------------------------------------------------------------------------
+# ---- modules
+# ----------------------------------------------------------------------------------------------------------
 
 
 def build_module(info, module_input, dtype, device, training):
@@ -66,7 +67,9 @@ def run_module(info, module_input, dtype, device, training, corrupt):
     torch.manual_seed(1)
     output = module(*args, **kwargs)
     outputs = [t for t in tensors_in(output) if t.requires_grad and t.layout is torch.strided]
-    leaves = [t for t in tensors_in((args, kwargs)) if t.requires_grad] + [p for p in module.parameters() if p.requires_grad]
+    leaves = [t for t in tensors_in((args, kwargs)) if t.requires_grad] + [
+        p for p in module.parameters() if p.requires_grad
+    ]
     return module, output, outputs, leaves
 
 
@@ -100,7 +103,8 @@ def check_module(info, module_input, dtype, device, training, corrupt):
     yield "backward", backward
 
 
-# ---- optimizers -------------------------------------------------------------------------------------------------------
+# ---- optimizers
+# -------------------------------------------------------------------------------------------------------
 
 
 def run_optimizer(info, config, implementation, dtype, device, corrupt):
@@ -153,7 +157,8 @@ def check_optimizer(info, config, implementation, dtype, device, corrupt):
     yield "step", step
 
 
-# ---- one task ---------------------------------------------------------------------------------------------------------
+# ---- one task
+# ---------------------------------------------------------------------------------------------------------
 
 
 def check_task(task, device, corrupt=False, at=lambda *_: None):

@@ -1,7 +1,7 @@
 """Runs OpInfos on a device and on the CPU and compares: forward, backward, out=, in-place.
 
-One call of check_op covers one OpInfo with one dtype in several modes and reuses its samples. A case is one sample in one
-mode; cases that the CPU itself fails are counted apart, with the reason, and say nothing about the device.
+One call of check_op covers one OpInfo with one dtype in several modes and reuses its samples. A case is one sample in
+one mode; cases that the CPU itself fails are counted apart, with the reason, and say nothing about the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ MODES = ("forward", "backward", "out", "inplace")
 OUT_KINDS = ("same", "empty", "strided")
 
 # Results whose values are whatever the memory held: only their metadata is compared.
-UNINITIALIZED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_"}
+UNINITIALIZED = {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "resize_as_",
+}
 # Cases in which the CPU kernel reads memory that nobody wrote: no reference.
 NO_REFERENCE = {("nn.functional.multilabel_margin_loss", "zero_size")}
 # Arguments that torch wants on the CPU whatever the device: operator -> positions in args.
@@ -220,12 +229,12 @@ class Checker:
             results = tensors_in(result)
             facts = {
                 "returned objects": [any(r is o for o in outs) for r in results],
-                "storages kept": [storage_id(v) == storage_id(o) for v, o in zip(views, outs)],
+                "storages kept": [storage_id(v) == storage_id(o) for v, o in zip(views, outs, strict=True)],
                 "storage bytes": [o.untyped_storage().nbytes() for o in outs],
-                "moved data": [o.data_ptr() != p for o, p in zip(outs, before) if p and kind != "empty"],
+                "moved data": [o.data_ptr() != p for o, p in zip(outs, before, strict=True) if p and kind != "empty"],
                 "pointer is the storage's": [
                     o.data_ptr() == v.untyped_storage().data_ptr() + o.storage_offset() * o.element_size()
-                    for o, v in zip(outs, views)
+                    for o, v in zip(outs, views, strict=True)
                     if o.numel()
                 ],
                 # How often is not compared: torch's resize_output skips the dispatcher, and with it a bump, on the CPU.
@@ -272,9 +281,9 @@ class Checker:
             result = variant(target, *nest[1], **nest[2])
             facts = {
                 "returns the same object": result is target,
-                "version bumps": [t._version - v for t, v in zip(targets, versions)],
-                "moved data": [t.data_ptr() != p for t, p in zip(targets, before)],
-                "storages kept": [storage_id(v) == storage_id(t) for v, t in zip(views, targets)],
+                "version bumps": [t._version - v for t, v in zip(targets, versions, strict=True)],
+                "moved data": [t.data_ptr() != p for t, p in zip(targets, before, strict=True)],
+                "storages kept": [storage_id(v) == storage_id(t) for v, t in zip(views, targets, strict=True)],
             }
             return result, targets, nest, facts
 
@@ -327,7 +336,7 @@ def make_out(like, kind, device):
         return torch.empty(0, dtype=like.dtype, device=device)
     if kind == "strided":
         return torch.ones((*like.shape, 2), dtype=like.dtype).to(device)[..., 0]
-    span = sum((n - 1) * s for n, s in zip(like.shape, like.stride())) + 1 if like.numel() else 0
+    span = sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) + 1 if like.numel() else 0
     flat = torch.ones(span, dtype=like.dtype).to(device)
     return flat.as_strided(like.shape, like.stride()).detach()
 

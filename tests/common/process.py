@@ -9,8 +9,8 @@ import textwrap
 
 
 def run_python(code: str, timeout: float = 120, **env: str | None) -> subprocess.CompletedProcess:
-    """Runs `code`; keyword arguments are environment variables, None removes one. FLAGOS_* of the caller are not inherited,
-    so that a test means the same whatever the developer has exported."""
+    """Runs `code`; keyword arguments are environment variables, None removes one. FLAGOS_* of the caller are not
+    inherited, so that a test means the same whatever the developer has exported."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOS_") or k == "FLAGOS_ACCELERATOR"}
     for name, value in env.items():
         if value is None:

@@ -1,7 +1,7 @@
 """Moves OpInfo samples between devices without changing their layout, and makes awkward variants of them.
 
-A sample is any nest of tuples, lists, dicts and slices with tensors in it. A copy keeps what an operator can see: sizes,
-strides, storage offset, which tensors share a storage, the conj and neg bits, requires_grad.
+A sample is any nest of tuples, lists, dicts and slices with tensors in it. A copy keeps what an operator can see:
+sizes, strides, storage offset, which tensors share a storage, the conj and neg bits, requires_grad.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
-def copy_tensor(tensor: torch.Tensor, device: str, memo: dict | None = None, requires_grad: bool = False) -> torch.Tensor:
+def copy_tensor(
+    tensor: torch.Tensor, device: str, memo: dict | None = None, requires_grad: bool = False
+) -> torch.Tensor:
     """A leaf on `device` with the same values and layout. Tensors that share a storage share one afterwards (memo)."""
     memo = {} if memo is None else memo
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Runs tasks in worker processes so that a crash or a hang costs one case and not the run.
 
-A worker is the calling script itself, started with `--worker`. It reads tasks (JSON lines) on stdin and answers on a pipe
-of its own: {"at": ...} before each dangerous step and {"done": ...} at the end of a task. Whatever the operators print goes
-to the worker's stderr file, whose tail becomes part of a crash record.
+A worker is the calling script itself, started with `--worker`. It reads tasks (JSON lines) on stdin and answers on a
+pipe of its own: {"at": ...} before each dangerous step and {"done": ...} at the end of a task. Whatever the operators
+print goes to the worker's stderr file, whose tail becomes part of a crash record.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def run_tasks(
     timeout: float = 120.0,
     env: dict | None = None,
 ) -> None:
-    """Feeds tasks to `jobs` workers. on_crash may return what remains of the task; it is run by a fresh worker. `timeout`
-    is the longest silence of a worker, in seconds. Callbacks are called one at a time."""
+    """Feeds tasks to `jobs` workers. on_crash may return what remains of the task; it is run by a fresh worker.
+    `timeout` is the longest silence of a worker, in seconds. Callbacks are called one at a time."""
     todo: queue.Queue = queue.Queue()
     for task in tasks:
         todo.put(task)

@@ -4,8 +4,8 @@
     python tests/integration/sweep_modules.py --json benchmarks/results/modules_host.json
     python tests/integration/sweep_modules.py --only 'LSTM|Adam' --corrupt
 
-Workers are processes of their own: a crash is recorded and the sweep goes on. Exit code 0: nothing failed or crashed, and
-no operator reached the copying CPU fallback.
+Workers are processes of their own: a crash is recorded and the sweep goes on. Exit code 0: nothing failed or crashed,
+and no operator reached the copying CPU fallback.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def main(argv=None) -> int:
 
     def on_crash(crash):
         mode, case, side = crash.at or ("start", "", "device")
-        crashes.append({**crash.task, "mode": mode, "case": case, "side": side, "message": crash.how, "stderr": crash.tail})
+        crashes.append(
+            {**crash.task, "mode": mode, "case": case, "side": side, "message": crash.how, "stderr": crash.tail}
+        )
         print(f"CRASH ({side}) {crash.task} {mode} {case}: {crash.how}: {' | '.join(crash.tail)}", flush=True)
         if mode in ("start", "inputs"):
             return None

@@ -128,7 +128,7 @@ def test_overlap_is_refused_as_on_the_cpu(bad, device):
     messages = []
     for where in ("cpu", device):
         x = torch.arange(12.0).reshape(3, 4).to(where)
-        with pytest.raises(RuntimeError, match="memory location|overlap") as error:
+        with pytest.raises(RuntimeError, match=r"memory location|overlap") as error:
             bad(x)
         messages.append(str(error.value).split("\n")[0])
         assert torch.equal(x.cpu(), torch.arange(12.0).reshape(3, 4))
@@ -139,10 +139,10 @@ def test_foreach_mutates_the_objects_in_the_list(device):
     tensors = [torch.ones(2, device=device) for _ in range(3)]
     kept = list(tensors)
     assert torch._foreach_add_(tensors, 1) is None or True
-    assert all(a is b for a, b in zip(tensors, kept)) and all(t.tolist() == [2, 2] for t in kept)
+    assert all(a is b for a, b in zip(tensors, kept, strict=True)) and all(t.tolist() == [2, 2] for t in kept)
     assert all(t._version == 1 for t in kept)
     results = torch._foreach_mul(tensors, 3)
-    assert all(r.data_ptr() != t.data_ptr() for r, t in zip(results, tensors))
+    assert all(r.data_ptr() != t.data_ptr() for r, t in zip(results, tensors, strict=True))
 
 
 def test_same_tensor_twice(device):

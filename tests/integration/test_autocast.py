@@ -84,7 +84,9 @@ def test_weight_cast_is_cached(device):
 def test_training_step_equals_the_cpu_s(device):
     def run(where):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 2)).to(where)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 2)
+        ).to(where)
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).to(where)
         with torch.autocast(torch.device(where).type, dtype=torch.bfloat16):
             loss = model(x).square().mean()
@@ -94,7 +96,7 @@ def test_training_step_equals_the_cpu_s(device):
     loss, gradients = run(device)
     expected_loss, expected = run("cpu")
     assert loss == pytest.approx(expected_loss, rel=2e-2)
-    for a, e in zip(gradients, expected):
+    for a, e in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=5e-2, atol=1e-2)
 
 

@@ -35,7 +35,7 @@ def both(fn, *shapes, device):
 )
 def test_gradients_equal_the_cpu_s(fn, shapes, device):
     expected, actual = both(fn, *shapes, device=device)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
@@ -81,7 +81,7 @@ def test_inplace_bumps_the_version_and_is_noticed(device):
     version = y._version
     y.mul_(2)
     assert y._version == version + 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation.*version 1"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*version 1"):
         y.sum().backward()
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         x.add_(1)
@@ -104,7 +104,7 @@ def test_no_grad_and_inference_mode(device):
     with torch.inference_mode():
         y = x * 2
         assert y.is_inference() and y.is_flagos
-    with pytest.raises(RuntimeError, match="[Ii]nference tensor"):
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensor"):
         (y * x).sum().backward()
 
 
@@ -128,7 +128,9 @@ def test_higher_order_and_forward_mode(device):
 
     with fwd.dual_level():
         dual = fwd.make_dual(torch.tensor(3.0, device=device), torch.tensor(1.0, device=device))
-        assert fwd.unpack_dual(dual.sin() * dual).tangent.item() == pytest.approx(3 * torch.tensor(3.0).cos().item() + torch.tensor(3.0).sin().item())
+        assert fwd.unpack_dual(dual.sin() * dual).tangent.item() == pytest.approx(
+            3 * torch.tensor(3.0).cos().item() + torch.tensor(3.0).sin().item()
+        )
 
 
 def test_graph_frees_memory(device):
@@ -163,7 +165,7 @@ def test_error_in_backward_leaves_the_device_usable(device):
 
 def test_anomaly_mode_names_the_operator(device):
     x = torch.tensor([-1.0], device=device, requires_grad=True)
-    with torch.autograd.detect_anomaly(check_nan=True), pytest.raises(RuntimeError, match="SqrtBackward0.*nan"):
+    with torch.autograd.detect_anomaly(check_nan=True), pytest.raises(RuntimeError, match=r"SqrtBackward0.*nan"):
         x.sqrt().sum().backward()
 
 

@@ -6,7 +6,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 
 def block(dropout=0.0):
-    return torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Dropout(dropout), torch.nn.Linear(256, 64))
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Dropout(dropout), torch.nn.Linear(256, 64)
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -21,7 +23,7 @@ def test_same_gradients(reentrant, dropout, device):
         y = checkpoint(model, x, use_reentrant=reentrant) if use else model(x)
         y.square().sum().backward()
         results.append([x.grad, *(p.grad for p in model.parameters())])
-    for a, e in zip(*results):
+    for a, e in zip(*results, strict=True):
         assert torch.equal(a, e), "the recomputed forward differs: the RNG state was not restored"
 
 

@@ -130,7 +130,9 @@ def test_lazy_bits(device):
         target = torch.zeros(4, dtype=lazy.dtype, device=device)
         assert torch.equal(target.copy_(lazy).cpu(), lazy.resolve_conj().resolve_neg())
         back = torch.zeros(4, dtype=lazy.dtype)
-        assert torch.equal(back.copy_(target.conj() if lazy.is_complex() else target), lazy.conj().resolve_conj().resolve_neg())
+        assert torch.equal(
+            back.copy_(target.conj() if lazy.is_complex() else target), lazy.conj().resolve_conj().resolve_neg()
+        )
 
 
 def test_pinned_non_blocking_both_ways(device):
@@ -181,10 +183,10 @@ def test_copy_to_and_from_meta(device):
 
 
 def test_numpy_path(device):
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
     array = numpy.arange(6, dtype=numpy.float32).reshape(2, 3)
     x = torch.from_numpy(array).to(device)
     assert (x.cpu().numpy() == array).all()
     assert torch.as_tensor(array, device=device).is_flagos
-    with pytest.raises(TypeError, match="flagos.*cpu"):
+    with pytest.raises(TypeError, match=r"flagos.*cpu"):
         numpy.asarray(x)

@@ -50,7 +50,7 @@ def test_workers(context, pin, device):
 def test_device_use_in_a_forked_worker_is_a_clear_error(device):
     torch.ones(1, device=device)
     loader = DataLoader(OnDevice(), batch_size=8, num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(RuntimeError, match="forked subprocess.*spawn"):
+    with pytest.raises(RuntimeError, match=r"forked subprocess.*spawn"):
         next(iter(loader))
     assert torch.ones(2, device=device).sum().item() == 2
 

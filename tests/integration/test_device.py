@@ -96,7 +96,16 @@ def test_current_device_follows_guard():
 def test_result_is_on_the_argument_s_device():
     x = torch.arange(4.0, device="flagos:1")
     assert torch.flagos.current_device() == 0
-    for result in (x + 1, x.sum(), torch.cat([x, x]), x[1:], x.clone(), torch.zeros_like(x), x.sort().values, x.to(torch.int32)):
+    for result in (
+        x + 1,
+        x.sum(),
+        torch.cat([x, x]),
+        x[1:],
+        x.clone(),
+        torch.zeros_like(x),
+        x.sort().values,
+        x.to(torch.int32),
+    ):
         assert result.device == torch.device("flagos:1")
     assert torch.flagos.current_device() == 0
 

@@ -37,7 +37,7 @@ def test_protocol_methods(device):
 
 
 def test_numpy_refuses(device):
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
     with pytest.raises((BufferError, RuntimeError, TypeError, ValueError)):
         numpy.from_dlpack(torch.ones(3, device=device))
 

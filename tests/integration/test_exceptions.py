@@ -56,7 +56,9 @@ def test_cpu_scalars_and_indices_are_allowed(device):
 
 
 @two_devices
-@pytest.mark.parametrize("mix", [lambda a, b: a + b, lambda a, b: a.mul_(b), lambda a, b: torch.stack([a, b]), lambda a, b: torch.dot(a, b)])
+@pytest.mark.parametrize(
+    "mix", [lambda a, b: a + b, lambda a, b: a.mul_(b), lambda a, b: torch.stack([a, b]), lambda a, b: torch.dot(a, b)]
+)
 def test_wrong_device_index(mix):
     a, b = torch.ones(3, device="flagos:0"), torch.ones(3, device="flagos:1")
     with pytest.raises(RuntimeError) as error:
@@ -206,7 +208,8 @@ def test_exceptions_keep_no_tensors_alive(device):
     assert torch.flagos.memory_allocated() == before
 
 
-# ---- at import: a process of its own each ---------------------------------------------------------------------------------
+# ---- at import: a process of its own each
+# ---------------------------------------------------------------------------------
 
 
 def import_error(**env):
@@ -217,7 +220,7 @@ def import_error(**env):
 
 def test_unknown_chip():
     line = import_error(FLAGOS_ACCELERATOR="hosst")
-    assert "hosst" in line and "'host'" in line or "host" in line.replace("hosst", ""), line
+    assert ("hosst" in line and "'host'" in line) or "host" in line.replace("hosst", ""), line
 
 
 def test_unavailable_chip_says_what_was_tried():
@@ -229,10 +232,17 @@ def test_unavailable_chip_says_what_was_tried():
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("FLAGOS_HOST_DEVICES", "zero"), ("FLAGOS_HOST_DEVICES", "-1"), ("FLAGOS_HOST_MEMORY", "12Q"), ("FLAGOS_SIM_FAIL", "malloc@x=FOO")],
+    [
+        ("FLAGOS_HOST_DEVICES", "zero"),
+        ("FLAGOS_HOST_DEVICES", "-1"),
+        ("FLAGOS_HOST_MEMORY", "12Q"),
+        ("FLAGOS_SIM_FAIL", "malloc@x=FOO"),
+    ],
 )
 def test_malformed_chip_setting(variable, value):
-    text = run_python("import torch_fl, torch; torch.ones(1, device='flagos')", **{variable: value, "FLAGOS_ACCELERATOR": "host"})
+    text = run_python(
+        "import torch_fl, torch; torch.ones(1, device='flagos')", **{variable: value, "FLAGOS_ACCELERATOR": "host"}
+    )
     assert text.returncode != 0
     last = text.stderr.strip().split("\n")[-1]
     assert variable in last or value in last or "FOO" in last or "@x" in last, last

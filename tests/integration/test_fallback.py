@@ -23,8 +23,11 @@ ROUTED = {
     "index.Tensor": lambda x: x[torch.tensor([0, 2], device=x.device), :],
     "_fused_sgd_": lambda x: fused_sgd(x),
     "max.dim": lambda x: x.max(1).indices,
-    "normal_": lambda x: x.clone().normal_(generator=torch.Generator(x.device).manual_seed(1)) if x.is_flagos
-    else x.clone().normal_(generator=torch.Generator().manual_seed(1)),
+    "normal_": lambda x: (
+        x.clone().normal_(generator=torch.Generator(x.device).manual_seed(1))
+        if x.is_flagos
+        else x.clone().normal_(generator=torch.Generator().manual_seed(1))
+    ),
     "where.self": lambda x: torch.where(x > 0, x, -x),
     "clamp.Tensor": lambda x: x.clamp(torch.zeros(4, device=x.device)),
     "_softmax": lambda x: x.softmax(-1),
@@ -34,7 +37,18 @@ ROUTED = {
 def fused_sgd(x):
     """An operator that changes lists of tensors."""
     parameter, gradient = x.clone(), torch.ones_like(x)
-    torch._fused_sgd_([parameter], [gradient], [], weight_decay=0.0, momentum=0.0, lr=0.5, dampening=0.0, nesterov=False, maximize=False, is_first_step=False)
+    torch._fused_sgd_(
+        [parameter],
+        [gradient],
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=0.5,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
     return parameter
 
 
@@ -164,10 +178,14 @@ def test_ordinary_work_never_falls_back(device):
     if torch_fl.chip() not in ("host", "cuda"):
         pytest.skip("chips without native torch kernels may fall back")
     torch_fl.fallbacks(reset=True)
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(3)
+    )
     model = model.to(device)
     with torch_fl.strict():
-        loss = torch.nn.functional.cross_entropy(model(torch.randn(2, 1, 8, 8, device=device)), torch.tensor([0, 2], device=device))
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.randn(2, 1, 8, 8, device=device)), torch.tensor([0, 2], device=device)
+        )
         loss.backward()
         torch.optim.AdamW(model.parameters()).step()
     assert torch_fl.fallbacks() == {}

@@ -1,7 +1,7 @@
 """Every injected HAL fault becomes one clean Python exception: nothing leaks and the device works afterwards.
 
-For each piece of work the entries of the HAL that it calls are counted once; then each entry is made to fail at its first,
-middle and last call.
+For each piece of work the entries of the HAL that it calls are counted once; then each entry is made to fail at its
+first, middle and last call.
 """
 
 import gc
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(torch_fl.chip() != "host", reason="faults are in
 
 sim = torch_fl._C._sim
 
-ENTRIES = """mem_info device_info malloc free host_malloc host_free pointer_info host_alias copy_async copy2d_async fill_async
+ENTRIES = """mem_info device_info malloc free
+host_malloc host_free pointer_info host_alias copy_async copy2d_async fill_async
 stream_create stream_destroy stream_sync stream_query stream_native_handle stream_priority_range stream_host_func
 event_create event_destroy event_record event_sync event_query event_elapsed_ms stream_wait_event device_sync
 can_access_peer enable_peer last_error""".split()
@@ -35,7 +36,11 @@ QUIET = {
 
 
 def create():
-    return [torch.empty(300_000, device="flagos"), torch.zeros(5, device="flagos"), torch.ones(9 << 20, device="flagos")]
+    return [
+        torch.empty(300_000, device="flagos"),
+        torch.zeros(5, device="flagos"),
+        torch.ones(9 << 20, device="flagos"),
+    ]
 
 
 def copies():
@@ -112,7 +117,18 @@ def save_and_load():
     assert torch.load(buffer).sum().item() == 5
 
 
-WORK = [create, copies, operators, between_devices, streams_and_events, free_and_empty, questions, resize, backward, save_and_load]
+WORK = [
+    create,
+    copies,
+    operators,
+    between_devices,
+    streams_and_events,
+    free_and_empty,
+    questions,
+    resize,
+    backward,
+    save_and_load,
+]
 
 
 def settle():
@@ -166,7 +182,7 @@ def test_each_fault_is_one_clean_exception(work):
                 problems.append(f"{where}: {kind.__name__}: {text[:200]}")
             elif "INTERNAL" not in text.split("\n")[0] or "flagos" not in text:
                 problems.append(f"{where}: unclear: {text[:200]}")
-        error = caught = None
+        error = None
         settle()
         if torch.flagos.memory_allocated() != allocated:
             problems.append(f"{where}: {torch.flagos.memory_allocated() - allocated} bytes leaked in tensors")
@@ -174,8 +190,8 @@ def test_each_fault_is_one_clean_exception(work):
             problems.append(f"{where}: device allocations {blocks} -> {live()}")
         try:
             work()
-        except Exception as caught:
-            problems.append(f"{where}: not usable afterwards: {str(caught)[:200]}")
+        except Exception as later:
+            problems.append(f"{where}: not usable afterwards: {str(later)[:200]}")
     settle()
     assert not problems, "\n".join(problems)
 
@@ -204,7 +220,9 @@ def test_out_of_memory_frees_the_cache_and_retries():
     assert live() == blocks and torch.empty(1 << 20, device="flagos").numel() == 1 << 20
 
 
-@pytest.mark.parametrize("status", ["INVALID_ARGUMENT", "UNSUPPORTED", "TIMEOUT", "FAILED_PRECONDITION", "UNAVAILABLE", "NOT_FOUND"])
+@pytest.mark.parametrize(
+    "status", ["INVALID_ARGUMENT", "UNSUPPORTED", "TIMEOUT", "FAILED_PRECONDITION", "UNAVAILABLE", "NOT_FOUND"]
+)
 def test_every_status_is_named_in_the_message(status):
     pinned = torch.ones(1000).pin_memory()
     settle()
@@ -223,8 +241,8 @@ def test_lost_device_stays_lost_and_says_so():
         x = torch.ones(4, device="flagos")
         other = torch.ones(4, device="flagos:1") if torch.flagos.device_count() > 1 else None
         sim.set_fail("stream_sync@1=DEVICE_LOST")
-        for use in (lambda: x.cpu(), lambda: x + 1, lambda: torch.flagos.synchronize(), lambda: torch.empty(1 << 22, device="flagos")):
-            try:
+        for use in (lambda: x.cpu(), lambda: x + 1, lambda: torch.flagos.synchronize(), lambda: torch.empty(1 << 22,
+        device="flagos")):     try:
                 use()
             except RuntimeError as error:
                 assert "DEVICE_LOST" in str(error), error
@@ -260,7 +278,12 @@ def test_fault_plan_from_the_environment():
 
 
 def test_malformed_plan_names_the_item():
-    for plan, word in (("malloc@x=INTERNAL", "malloc@x"), ("nope@1=INTERNAL", "nope"), ("malloc@1=WHAT", "WHAT"), ("malloc", "malloc")):
+    for plan, word in (
+        ("malloc@x=INTERNAL", "malloc@x"),
+        ("nope@1=INTERNAL", "nope"),
+        ("malloc@1=WHAT", "WHAT"),
+        ("malloc", "malloc"),
+    ):
         with pytest.raises((ValueError, RuntimeError), match=word):
             sim.set_fail(plan)
     assert torch.ones(2, device="flagos").sum().item() == 2

@@ -21,8 +21,8 @@ def test_child_gets_a_clear_error_and_parent_goes_on():
                 assert y.sum().item() == 2
                 assert torch.flagos.device_count() >= 1
                 assert torch.flagos._is_in_bad_fork()
-                for use in (lambda: torch.ones(2, device="flagos"), lambda: x + 1, lambda: x.cpu(), lambda: torch.flagos.synchronize()):
-                    try:
+                for use in (lambda: torch.ones(2, device="flagos"), lambda: x + 1, lambda: x.cpu(), lambda:
+                torch.flagos.synchronize()):     try:
                         use()
                     except RuntimeError as error:
                         assert "fork" in str(error) and "spawn" in str(error), error
@@ -63,7 +63,8 @@ def test_fork_before_first_use_is_allowed_or_clear():
 
 
 def test_child_exit_runs_destructors_without_harm():
-    """A child that ends normally destroys tensors it inherited; that must neither crash nor free the parent's memory."""
+    """A child that ends normally destroys tensors it inherited; that must neither crash nor free the parent's
+    memory."""
     check_python(
         """
         import os, sys

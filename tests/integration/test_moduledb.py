@@ -1,4 +1,5 @@
-"""module_db (forward, backward) and optim_db on flagos against the CPU; a fixed part of sweep_modules.py, all with --full."""
+"""module_db (forward, backward) and optim_db on flagos against the CPU; a fixed part of sweep_modules.py, all with
+--full."""
 
 import pytest
 

@@ -159,5 +159,5 @@ def test_flatten_parameters_of_an_rnn_keeps_values(device):
     lstm = nn.LSTM(3, 4, 2)
     expected = [p.detach().clone() for p in lstm.parameters()]
     lstm.to(device).flatten_parameters()
-    for p, e in zip(lstm.parameters(), expected):
+    for p, e in zip(lstm.parameters(), expected, strict=True):
         assert torch.equal(p.cpu(), e)

@@ -25,12 +25,12 @@ def test_equals_the_cpu_s(name, implementation, device):
     if implementation == "fused" and name not in FUSED:
         pytest.skip(f"torch has no fused {name}")
     choice = {"default": {}, "forloop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    actual, optimizer = train(name, device, **choice[implementation])
+    actual, _ = train(name, device, **choice[implementation])
     expected, _ = train(name, "cpu", foreach=False)
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
     start, _ = train(name, "cpu", foreach=False, maximize=True)
-    assert any(not torch.allclose(a, s) for a, s in zip(actual, start)), "training changed nothing"
+    assert any(not torch.allclose(a, s) for a, s in zip(actual, start, strict=True)), "training changed nothing"
 
 
 def test_state_is_on_the_device(device):

@@ -29,12 +29,18 @@ def dies(code, **env):
 
 
 def test_ctypes_read():
-    line = dies("import ctypes; x = torch.ones(4, device='flagos'); print('wrong data', ctypes.c_float.from_address(x.data_ptr()).value)")
+    line = dies(
+        "import ctypes; x = torch.ones(4, device='flagos')\n"
+        "print('wrong data', ctypes.c_float.from_address(x.data_ptr()).value)"
+    )
     assert "flagos:0" in line and "0x" in line
 
 
 def test_ctypes_write():
-    dies("import ctypes; x = torch.ones(4, device='flagos'); ctypes.c_float.from_address(x.data_ptr()).value = 3; print('wrong data')")
+    dies(
+        "import ctypes; x = torch.ones(4, device='flagos')\n"
+        "ctypes.c_float.from_address(x.data_ptr()).value = 3; print('wrong data')"
+    )
 
 
 def test_second_device_is_named():
@@ -44,8 +50,11 @@ def test_second_device_is_named():
 
 
 def test_memmove_and_numpy_from_address():
-    dies("import ctypes; x = torch.ones(4, device='flagos'); b = bytearray(16); ctypes.memmove((ctypes.c_char * 16).from_buffer(b), x.data_ptr(), 16); print('wrong data')")
-    pytest.importorskip("numpy")
+    dies(
+        "import ctypes; x = torch.ones(4, device='flagos'); b = bytearray(16)\n"
+        "ctypes.memmove((ctypes.c_char * 16).from_buffer(b), x.data_ptr(), 16); print('wrong data')"
+    )
+    pytest.importorskip("numpy", reason="needs numpy")
     dies(
         """
 import numpy as np
@@ -78,7 +87,7 @@ x = torch.ones(4, device="flagos")
 
 def test_numpy_is_refused_before_any_fault(device):
     x = torch.ones(3, device=device)
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
     for use in (lambda: x.numpy(), lambda: numpy.asarray(x), lambda: memoryview(x), lambda: numpy.from_dlpack(x)):
         with pytest.raises((TypeError, RuntimeError, BufferError, ValueError)):
             use()
@@ -89,7 +98,8 @@ def test_other_faults_are_left_alone():
     result = run_python("import torch, ctypes\ntorch.ones(1, device='flagos')\nctypes.string_at(8)", **HOST)
     assert result.returncode == -signal.SIGSEGV and "flagos: the host touched" not in result.stderr
     result = run_python(
-        "import faulthandler; faulthandler.enable()\nimport torch, ctypes\nx = torch.ones(1, device='flagos')\nctypes.string_at(x.data_ptr())",
+        "import faulthandler; faulthandler.enable()\nimport torch, ctypes\n"
+        "x = torch.ones(1, device='flagos')\nctypes.string_at(x.data_ptr())",
         **HOST,
     )
     assert result.returncode == -signal.SIGSEGV
@@ -98,7 +108,8 @@ def test_other_faults_are_left_alone():
 
 def test_protection_can_be_turned_off():
     result = run_python(
-        "import torch, ctypes\nx = torch.full((4,), 2.5, device='flagos')\ntorch.flagos.synchronize()\nprint(ctypes.c_float.from_address(x.data_ptr()).value)",
+        "import torch, ctypes\nx = torch.full((4,), 2.5, device='flagos')\n"
+        "torch.flagos.synchronize()\nprint(ctypes.c_float.from_address(x.data_ptr()).value)",
         FLAGOS_HOST_PROTECT="0",
         **HOST,
     )

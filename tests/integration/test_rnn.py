@@ -34,18 +34,18 @@ def run(kind, where, packed=False, **kwargs):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=["lstm", "gru", "rnn"])
 def test_equals_the_cpu(kind, config, device):
-    for a, e in zip(run(kind, device, **CONFIGS[config]), run(kind, "cpu", **CONFIGS[config])):
+    for a, e in zip(run(kind, device, **CONFIGS[config]), run(kind, "cpu", **CONFIGS[config]), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=["lstm", "gru", "rnn"])
 def test_packed_sequences(kind, device):
-    for a, e in zip(run(kind, device, packed=True), run(kind, "cpu", packed=True)):
+    for a, e in zip(run(kind, device, packed=True), run(kind, "cpu", packed=True), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
 def test_lstm_with_projection(device):
-    for a, e in zip(run(nn.LSTM, device, proj_size=2), run(nn.LSTM, "cpu", proj_size=2)):
+    for a, e in zip(run(nn.LSTM, device, proj_size=2), run(nn.LSTM, "cpu", proj_size=2), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
@@ -62,7 +62,7 @@ def test_cells(kind, device):
         last = state[0] if isinstance(state, tuple) else state
         last.sum().backward()
         results.append([last.detach().cpu(), x.grad.cpu(), cell.weight_ih.grad.cpu()])
-    for a, e in zip(*results):
+    for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e)
 
 

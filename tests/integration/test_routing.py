@@ -47,7 +47,7 @@ def test_explain_shows_every_step():
 
 
 def test_explain_unknown_operator_names_the_nearest():
-    with pytest.raises((ValueError, RuntimeError, KeyError), match="add.Tensr.*add.Tensor"):
+    with pytest.raises((ValueError, RuntimeError, KeyError), match=r"add.Tensr.*add.Tensor"):
         torch_fl.explain("add.Tensr")
 
 
@@ -134,7 +134,8 @@ def test_route_refuses_unknown_names_and_leaves_nothing(device):
     assert torch_fl.fallbacks() == {}
 
 
-# ---- environment and conf, each in a process of its own ---------------------------------------------------------------------
+# ---- environment and conf, each in a process of its own
+# ---------------------------------------------------------------------
 
 PROGRAM = """
 import torch, torch_fl
@@ -149,7 +150,7 @@ def test_dispatch_log_lines():
     assert result.returncode == 0, result.stderr[-500:]
     lines = [line for line in result.stderr.split("\n") if "flagos dispatch" in line]
     matches = [LINE.match(line) for line in lines]
-    assert lines and all(matches), [line for line, m in zip(lines, matches) if not m][:3]
+    assert lines and all(matches), [line for line, m in zip(lines, matches, strict=True) if not m][:3]
     calls = [m.groups() for m in matches]
     operators = [op for op, _ in calls]
     assert operators.index("mm") < operators.index("mul.Tensor")
@@ -168,18 +169,26 @@ def test_environment_routes_one_operator():
 def test_environment_beats_conf(tmp_path):
     conf = tmp_path / "my.conf"
     conf.write_text("# comment\n  mm=cpu   # trailing\nmul.Tensor = cpu\n\n")
-    check = "\nroutes = {r.op: r for r in torch_fl.routes()}\nprint(routes['mm'].backend, routes['mul.Tensor'].backend, routes['mul.Tensor'].origin)"
+    check = """
+mm, mul = (next(r for r in torch_fl.routes() if r.op == op) for op in ("mm", "mul.Tensor"))
+print(mm.backend, mul.backend, mul.origin)
+"""
     name = native()
     out = check_python(PROGRAM + check, FLAGOS_BACKEND_CONFIG=str(conf), FLAGOS_OP_mm=name).split()
     assert out[:2] == [name, "cpu"] and f"{conf}:3" in " ".join(out)
-    out = check_python(PROGRAM + "\ntorch_fl.set_route('mul.Tensor', %r)" % name + check, FLAGOS_BACKEND_CONFIG=str(conf)).split()
+    out = check_python(
+        PROGRAM + f"\ntorch_fl.set_route('mul.Tensor', {name!r})" + check, FLAGOS_BACKEND_CONFIG=str(conf)
+    ).split()
     assert out[:2] == ["cpu", name], "set_route beats the conf"
 
 
 def test_aliases_print_canonical_names(tmp_path):
     conf = tmp_path / "my.conf"
     conf.write_text("mm = flaggems\nmul.Tensor = flaggems_python\n")
-    out = check_python("import torch_fl\nprint([s.backend for s in torch_fl.explain('mm')], [s.backend for s in torch_fl.explain('mul.Tensor')])", FLAGOS_BACKEND_CONFIG=str(conf))
+    out = check_python(
+        "import torch_fl\nfor op in ('mm', 'mul.Tensor'): print([s.backend for s in torch_fl.explain(op)])",
+        FLAGOS_BACKEND_CONFIG=str(conf),
+    )
     assert "flaggems" not in out and "'flagos'" in out and "'flagos_python'" in out
 
 
@@ -247,7 +256,8 @@ def test_nothing_half_applied_after_a_bad_conf(tmp_path):
 def test_fused_names_with_underscores_in_the_environment():
     """'__' stands for '.', but operator names have underscores of their own."""
     out = check_python(
-        "import torch_fl\nroutes = {r.op: r.backend for r in torch_fl.routes()}\nprint(routes['_fused_sgd_'], routes['__lshift__.Scalar'], routes['add_.Tensor'])",
+        "import torch_fl\nroutes = {r.op: r.backend for r in torch_fl.routes()}\n"
+        "print(routes['_fused_sgd_'], routes['__lshift__.Scalar'], routes['add_.Tensor'])",
         FLAGOS_OP__fused_sgd_="cpu",
         FLAGOS_OP_add___Tensor="cpu",
         FLAGOS_OP___lshift____Scalar="cpu",

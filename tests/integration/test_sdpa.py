@@ -22,7 +22,9 @@ def masks(length, where):
     }
 
 
-@pytest.mark.parametrize("backend", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=["default", "math", "flash"])
+@pytest.mark.parametrize(
+    "backend", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=["default", "math", "flash"]
+)
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "float", "scale"])
 def test_forward_and_backward_equal_the_cpu_s(mask, backend, device):
     results = []
@@ -36,7 +38,7 @@ def test_forward_and_backward_equal_the_cpu_s(mask, backend, device):
                 out = sdpa(*tensors, **kwargs)
         out.square().sum().backward()
         results.append([out.detach().cpu(), *(t.grad.cpu() for t in tensors)])
-    for a, e in zip(results[1], results[0]):
+    for a, e in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
@@ -66,9 +68,7 @@ def test_awkward_layouts(device):
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(device, length=7, size=20))
     torch.testing.assert_close(sdpa(q, k, v).cpu(), sdpa(q.cpu(), k.cpu(), v.cpu()), rtol=1e-5, atol=1e-6)
     expanded = k[:, :1].expand(2, 2, 7, 20)
-    torch.testing.assert_close(
-        sdpa(q, expanded, v).cpu(), sdpa(q.cpu(), expanded.cpu(), v.cpu()), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(sdpa(q, expanded, v).cpu(), sdpa(q.cpu(), expanded.cpu(), v.cpu()), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_is_seeded(device):

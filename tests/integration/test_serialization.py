@@ -7,7 +7,16 @@ import pickle
 import pytest
 import torch
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.uint8,
+    torch.float8_e4m3fn,
+]
 
 
 def round_trip(value, **kwargs):
@@ -56,7 +65,7 @@ def test_missing_device_in_file(device):
     buffer = io.BytesIO()
     torch.save(torch.ones(3, device=device), buffer)
     data = buffer.getvalue().replace(b"flagos:0", b"flagos:9")
-    with pytest.raises(RuntimeError, match="(?i)flagos device 9.*device_count.*map_location"):
+    with pytest.raises(RuntimeError, match=r"(?i)flagos device 9.*device_count.*map_location"):
         torch.load(io.BytesIO(data))
 
 

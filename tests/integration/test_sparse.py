@@ -48,12 +48,15 @@ def test_constructors(device):
     assert x.coalesce().values().tolist() == [1.0, 5.0]
     assert torch.sparse_coo_tensor(indices, values, (2, 3), device=device).is_flagos
     csr = torch.sparse_csr_tensor(
-        torch.tensor([0, 1, 2], device=device), torch.tensor([2, 0], device=device), torch.tensor([1.0, 5.0], device=device), (2, 3)
+        torch.tensor([0, 1, 2], device=device),
+        torch.tensor([2, 0], device=device),
+        torch.tensor([1.0, 5.0], device=device),
+        (2, 3),
     )
     assert torch.equal(csr.to_dense().cpu(), x.to_dense().cpu())
     with pytest.raises(RuntimeError, match="device"):
         torch.sparse_coo_tensor(indices, values.to(device), (2, 3), check_invariants=True)
-    with pytest.raises((RuntimeError, ValueError), match="size|index|bound"):
+    with pytest.raises((RuntimeError, ValueError), match=r"size|index|bound"):
         torch.sparse_coo_tensor(indices.to(device), values.to(device), (1, 1), check_invariants=True)
 
 
@@ -104,7 +107,7 @@ def test_gradients_through_sparse(device):
         weight = torch.arange(9.0).reshape(3, 3).to(where).requires_grad_()
         torch.sparse.mm(x, weight).square().sum().backward()
         results.append((values.grad.cpu(), weight.grad.cpu()))
-    for a, e in zip(results[1], results[0]):
+    for a, e in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -133,7 +136,7 @@ def test_nested(device):
     for layout in (torch.strided, torch.jagged):
         nested = torch.nested.nested_tensor([p.to(device) for p in parts], layout=layout)
         assert nested.is_nested and nested.device.type == "flagos"
-        for part, expected in zip(nested.unbind(), parts):
+        for part, expected in zip(nested.unbind(), parts, strict=True):
             assert part.is_flagos and torch.equal(part.cpu(), expected)
         padded = torch.nested.to_padded_tensor(nested, 0.0)
         expected = torch.nested.to_padded_tensor(torch.nested.nested_tensor(parts, layout=layout), 0.0)
@@ -149,7 +152,7 @@ def test_nested_moves_and_linear(device):
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
     expected = layer(torch.nested.nested_tensor(parts)).unbind()
-    for part, reference in zip(layer.to(device)(nested).unbind(), expected):
+    for part, reference in zip(layer.to(device)(nested).unbind(), expected, strict=True):
         torch.testing.assert_close(part.cpu(), reference.detach(), check_device=False)
 
 

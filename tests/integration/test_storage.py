@@ -101,16 +101,16 @@ def test_set_(device):
 
 def test_set_refuses_another_device(device):
     x = torch.zeros(2, device=device)
-    with pytest.raises(RuntimeError, match="device|storage"):
+    with pytest.raises(RuntimeError, match=r"device|storage"):
         x.set_(torch.ones(4).untyped_storage())
     assert x.is_flagos and x.sum().item() == 0
 
 
 def test_set_out_of_bounds(device):
     x = torch.arange(4.0, device=device)
-    with pytest.raises(RuntimeError, match="negative|bounds|storage"):
+    with pytest.raises(RuntimeError, match=r"negative|bounds|storage"):
         torch.as_strided(x, (2,), (-1,))
-    with pytest.raises(RuntimeError, match="bounds|storage"):
+    with pytest.raises(RuntimeError, match=r"bounds|storage"):
         x.as_strided((3, 3), (3, 1)).sum()
     assert torch.equal(x.cpu(), torch.arange(4.0))
 

@@ -1,7 +1,7 @@
 """What the op_db sweep is known to fail on, each entry with its cause. An entry that no longer fails is an error.
 
-op: OpInfo's full name (name, or name.variant). dtypes, cases: None means any. chip: the chip on which it fails, None means
-every one.
+op: OpInfo's full name (name, or name.variant). dtypes, cases: None means any. chip: the chip on which it fails, None
+means every one.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 
     python tests/integration/ops/sweep.py --json benchmarks/results/opdb_host.json       # all of it, device flagos
     python tests/integration/ops/sweep.py --ops '^linalg' --dtypes float32 --modes forward,out
-    python tests/integration/ops/sweep.py --dtypes float32 --corrupt                     # negative control: must turn red
+    python tests/integration/ops/sweep.py --dtypes float32 --corrupt                     # negative control: must turn
+    red
 
-Modes: forward (values, dtype, sizes, strides, aliasing), backward, out (right size, empty, strided), inplace. Workers are
-processes of their own: a crash is recorded and the sweep goes on. Exit code 0 only when nothing failed but what
+Modes: forward (values, dtype, sizes, strides, aliasing), backward, out (right size, empty, strided), inplace. Workers
+are processes of their own: a crash is recorded and the sweep goes on. Exit code 0 only when nothing failed but what
 known_failures.py lists, all of that did fail, nothing crashed and no operator reached the copying CPU fallback.
 """
 
@@ -163,7 +164,9 @@ class Report:
             if known.chip not in (None, self.chip):
                 continue
             ran = any(op == known.op and mode == known.mode for op, _, mode in self.ran)
-            hit = any(e["op"] == known.op and e["mode"] == known.mode and e["reason"] == known.reason for e in self.expected)
+            hit = any(
+                e["op"] == known.op and e["mode"] == known.mode and e["reason"] == known.reason for e in self.expected
+            )
             if ran and not hit:
                 stale.append(f"{known.op} {known.mode}: {known.reason}")
         return stale
@@ -195,7 +198,10 @@ def main(argv=None) -> int:
     report = run(options)
     seconds = time.monotonic() - report.start
     stale = report.unexpected_passes() if options.fraction >= 1 and not options.corrupt else []
-    print(f"\nop_db on {options.device} ({report.chip}), torch {torch.__version__}, {report.finished} (operator, dtype) pairs")
+    print(
+        f"\nop_db on {options.device} ({report.chip}), torch {torch.__version__}, "
+        f"{report.finished} (operator, dtype) pairs"
+    )
     print(f"{'mode':10}{'ops':>6}{'cases':>9}{'passed':>9}{'%':>9}{'bit-equal':>11}{'CPU fails':>11}")
     for mode, row in report.summary().items():
         print(
@@ -233,7 +239,8 @@ def write_json(options, report, stale, seconds):
         "cpu_fallbacks": report.fallbacks,
         # Why the CPU itself fails cases (not counted): the commonest reasons.
         "cpu_failed": {
-            mode: dict(sorted(reasons.items(), key=lambda item: -item[1])[:12]) for mode, reasons in report.cpu_failed.items()
+            mode: dict(sorted(reasons.items(), key=lambda item: -item[1])[:12])
+            for mode, reasons in report.cpu_failed.items()
         },
     }
     path = Path(options.json)

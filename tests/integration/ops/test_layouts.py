@@ -1,4 +1,5 @@
-"""Awkward layouts that OpInfo samples lack: 6-D, dimensions of stride 0, huge strides, zero size, offsets, channels-last."""
+"""Awkward layouts that OpInfo samples lack: 6-D, dimensions of stride 0, huge strides, zero size, offsets,
+channels-last."""
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ LAYOUTS = {
     "every_other": lambda: torch.arange(40.0).reshape(4, 10)[::2, 1::3],
     "reversed": lambda: torch.arange(12.0).reshape(3, 4).flip(0).t(),
     "channels_last": lambda: torch.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=torch.channels_last),
-    "channels_last_3d": lambda: torch.arange(96.0).reshape(2, 3, 2, 2, 4).contiguous(memory_format=torch.channels_last_3d),
+    "channels_last_3d": lambda: (
+        torch.arange(96.0).reshape(2, 3, 2, 2, 4).contiguous(memory_format=torch.channels_last_3d)
+    ),
     "diagonal": lambda: torch.arange(16.0).reshape(4, 4).diagonal(),
     "unfolded": lambda: torch.arange(8.0).unfold(0, 4, 2),
     "large_offset": lambda: torch.arange(100000.0)[99990:],

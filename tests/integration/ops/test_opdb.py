@@ -1,7 +1,8 @@
 """op_db on flagos against the CPU: every OpInfo, in forward, backward, out= and in-place.
 
-By default each operator runs with float32 (or the first dtype it has) and one more dtype chosen by a hash of its name, two
-samples plus the awkward layouts. --full runs every dtype with six samples; sweep.py does that with crash isolation.
+By default each operator runs with float32 (or the first dtype it has) and one more dtype chosen by a hash of its
+name, two samples plus the awkward layouts.
+--full runs every dtype with six samples; sweep.py does that with crash isolation.
 """
 
 import zlib

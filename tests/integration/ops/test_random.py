@@ -38,7 +38,9 @@ DEFAULT_ONLY = {
     "dirichlet": lambda d: torch._sample_dirichlet(torch.ones(20, device=d)),
     "gumbel_softmax": lambda d: torch.nn.functional.gumbel_softmax(torch.ones(20, device=d)),
     "trunc_normal_": lambda d: torch.nn.init.trunc_normal_(torch.empty(20, device=d)),
-    "fractional_pool": lambda d: torch.nn.functional.fractional_max_pool2d(torch.arange(400.0, device=d).view(1, 1, 20, 20), 2, output_size=9),
+    "fractional_pool": lambda d: torch.nn.functional.fractional_max_pool2d(
+        torch.arange(400.0, device=d).view(1, 1, 20, 20), 2, output_size=9
+    ),
 }
 
 
