@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import hal_chips as chips
@@ -34,9 +35,13 @@ def find_library(config):
     if given:
         return Path(given).resolve()
     spec = importlib.util.find_spec("torch_fl")
-    for folder in spec.submodule_search_locations if spec else []:
-        for path in sorted(Path(folder).rglob("libflagos.so")):
-            return path
+    # An editable installation has the sources in one folder and the libraries in another.
+    for folder in [
+        *(spec.submodule_search_locations if spec else []),
+        Path(sysconfig.get_paths()["platlib"]) / "torch_fl",
+    ]:
+        if (Path(folder) / "libflagos.so").exists():
+            return Path(folder) / "libflagos.so"
     pytest.exit("libflagos.so was not found: build torch_fl, or give --hal-lib PATH", returncode=2)
 
 
@@ -135,8 +140,8 @@ class Compiler:
                 "-I",
                 ROOT / "include",
                 *defines,
-                *flags,
                 source,
+                *flags,
                 "-o",
                 output,
             )
