@@ -50,11 +50,11 @@ void bind_device(py::module_& m) {
   m.def("_device_properties", &device_properties);
   m.def("_mem_info", [](int64_t index) { return platform().mem_info(checked_index(index)); }, NoGil());
   m.def("_synchronize", [](int64_t index) { platform().synchronize_device(checked_index(index)); }, NoGil());
-  m.def("_can_access_peer", [](int64_t index, int64_t peer) {
-    return platform().can_access_peer(checked_index(index), checked_index(peer));
-  }, NoGil());
-  m.def("_has_primary_context",
-        [](int64_t index) { return platform().has_primary_context(checked_index(index)); });
+  m.def(
+      "_can_access_peer",
+      [](int64_t index, int64_t peer) { return platform().can_access_peer(checked_index(index), checked_index(peer)); },
+      NoGil());
+  m.def("_has_primary_context", [](int64_t index) { return platform().has_primary_context(checked_index(index)); });
   m.def("_is_in_bad_fork", &in_bad_fork);
 }
 

@@ -101,13 +101,16 @@ void record_stream(const at::Tensor& tensor, int64_t id, int64_t index, int64_t 
 
 void bind_memory(py::module_& m) {
   m.def("_empty_cache", [] { platform().allocator().emptyCache({0, 0}); }, NoGil());
-  m.def("_set_memory_fraction", [](double fraction, int64_t index) {
-    platform().set_memory_fraction(checked_index(index), fraction);
-  }, NoGil());
+  m.def(
+      "_set_memory_fraction",
+      [](double fraction, int64_t index) { platform().set_memory_fraction(checked_index(index), fraction); }, NoGil());
   m.def("_get_memory_fraction", [](int64_t index) { return platform().memory_fraction(checked_index(index)); });
-  m.def("_raw_allocate", [](size_t nbytes, int64_t id, int64_t index) {
-    return reinterpret_cast<uintptr_t>(platform().raw_allocate(nbytes, stream_of(id, index)));
-  }, NoGil());
+  m.def(
+      "_raw_allocate",
+      [](size_t nbytes, int64_t id, int64_t index) {
+        return reinterpret_cast<uintptr_t>(platform().raw_allocate(nbytes, stream_of(id, index)));
+      },
+      NoGil());
   m.def("_raw_delete", [](uintptr_t ptr) { platform().raw_free(reinterpret_cast<void*>(ptr)); }, NoGil());
   m.def("_memory_snapshot", &memory_snapshot);
   m.def("_record_stream", &record_stream);

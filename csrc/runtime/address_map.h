@@ -28,7 +28,8 @@ class AddressMap {
       Middle* middle = middle_slot.load(std::memory_order_relaxed);
       if (middle == nullptr) middle_slot.store(middle = make<Middle>(), std::memory_order_release);
       auto& leaf_slot = (*middle)[leaf % kLevelSize];
-      if (leaf_slot.load(std::memory_order_relaxed) == nullptr) leaf_slot.store(make<Leaf>(), std::memory_order_release);
+      if (leaf_slot.load(std::memory_order_relaxed) == nullptr)
+        leaf_slot.store(make<Leaf>(), std::memory_order_release);
     }
   }
   // `address` lies in a covered range.

@@ -28,9 +28,7 @@ struct FlagosAllocator final : c10::DeviceAllocator {
   void resetAccumulatedStats(c10::DeviceIndex index) override {
     platform().allocator().resetAccumulatedStats(checked_index(index));
   }
-  void resetPeakStats(c10::DeviceIndex index) override {
-    platform().allocator().resetPeakStats(checked_index(index));
-  }
+  void resetPeakStats(c10::DeviceIndex index) override { platform().allocator().resetPeakStats(checked_index(index)); }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex index) override {
     return platform().mem_info(checked_index(index));
   }

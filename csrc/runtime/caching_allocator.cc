@@ -11,8 +11,8 @@
 namespace flagos {
 namespace {
 
-constexpr size_t kUnit = 512;             // all blocks are multiples of it
-constexpr size_t kSmallMax = 1u << 20;    // the largest small request
+constexpr size_t kUnit = 512;           // all blocks are multiples of it
+constexpr size_t kSmallMax = 1u << 20;  // the largest small request
 constexpr size_t kLargestRequest = size_t{1} << 62;
 
 size_t rounded(size_t nbytes) { return (nbytes + kUnit - 1) / kUnit * kUnit; }
@@ -317,7 +317,8 @@ void DeviceCache::finish_events() {
   }
 }
 
-// ---- behind PyTorch's interface --------------------------------------------------------------------------------------
+// ---- behind PyTorch's interface
+// --------------------------------------------------------------------------------------
 
 CachingAllocator::CachingAllocator(const flagos_hal* hal, const StreamTable* streams, int device_count,
                                    std::optional<c10::DeviceType> label)
@@ -376,9 +377,7 @@ void CachingAllocator::recordStream(const c10::DataPtr& ptr, c10::Stream stream)
 c10::CachingDeviceAllocator::DeviceStats CachingAllocator::getDeviceStats(c10::DeviceIndex device) {
   return caches_.at(device)->stats();
 }
-void CachingAllocator::resetAccumulatedStats(c10::DeviceIndex device) {
-  caches_.at(device)->reset_accumulated();
-}
+void CachingAllocator::resetAccumulatedStats(c10::DeviceIndex device) { caches_.at(device)->reset_accumulated(); }
 void CachingAllocator::resetPeakStats(c10::DeviceIndex device) { caches_.at(device)->reset_peak(); }
 std::pair<size_t, size_t> CachingAllocator::getMemoryInfo(c10::DeviceIndex device) {
   return platform().mem_info(device);

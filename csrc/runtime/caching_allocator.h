@@ -2,8 +2,8 @@
 //
 // Memory is cut from segments, in the order of one stream: a freed block may be used again at once by later work of the
 // same stream. Requests up to 1 MiB come from 2 MiB segments through exact bins of 512 bytes (a hit is a few loads and
-// stores; neighbours are merged only when a bin has nothing to give), larger ones through a best-fit tree that merges at
-// once. A block used on other streams (record_stream) waits for their events. Nothing here takes the GIL.
+// stores; neighbours are merged only when a bin has nothing to give), larger ones through a best-fit tree that merges
+// at once. A block used on other streams (record_stream) waits for their events. Nothing here takes the GIL.
 #pragma once
 
 #include <c10/core/Allocator.h>
@@ -90,8 +90,18 @@ struct Counter {
   c10::CachingAllocator::Stat stat() const;
 };
 
-enum StatKind { kAllocation, kActive, kAllocatedBytes, kActiveBytes, kRequestedBytes, kSegment, kReservedBytes,
-                kInactiveSplit, kInactiveSplitBytes, kStatKinds };
+enum StatKind {
+  kAllocation,
+  kActive,
+  kAllocatedBytes,
+  kActiveBytes,
+  kRequestedBytes,
+  kSegment,
+  kReservedBytes,
+  kInactiveSplit,
+  kInactiveSplitBytes,
+  kStatKinds
+};
 
 // The cache of one device. Public members lock; private ones named *_locked expect the lock to be held.
 class DeviceCache {
@@ -150,7 +160,7 @@ class DeviceCache {
   AddressMap* const by_address_;
   SpinLock mutex_;
   std::array<std::array<std::unique_ptr<BlockPool>, 2>, kStreamSlots> pools_;
-  Counter counters_[kStatKinds][3];  // aggregate, small, large
+  Counter counters_[kStatKinds][3];    // aggregate, small, large
   std::map<char*, Segment> segments_;  // by native address
   std::map<StreamSlot, std::deque<Pending>> pending_;
   std::vector<flagos_event> spare_events_;

@@ -1,4 +1,5 @@
-// caching_allocator_segments.cc: the slow half of the device memory cache: segments, running out, statistics, snapshots.
+// caching_allocator_segments.cc: the slow half of the device memory cache: segments, running out, statistics,
+// snapshots.
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -13,8 +14,8 @@ namespace {
 
 constexpr size_t kMiB = 1u << 20;
 constexpr size_t kSmallSegment = 2 * kMiB;
-constexpr size_t kLargeSegment = 20 * kMiB;   // shared by requests below 10 MiB
-constexpr size_t kOwnSegment = 10 * kMiB;     // from here on a request gets a segment of its own
+constexpr size_t kLargeSegment = 20 * kMiB;  // shared by requests below 10 MiB
+constexpr size_t kOwnSegment = 10 * kMiB;    // from here on a request gets a segment of its own
 constexpr size_t kSegmentUnit = 2 * kMiB;
 
 size_t segment_size(const BlockPool& pool, size_t size) {
@@ -177,8 +178,8 @@ void DeviceCache::throw_out_of_memory(Lock& lock, size_t size, bool over_limit, 
   uint64_t free_bytes = 0, total_bytes = 0;
   const bool known = hal_->mem_info(device_, &free_bytes, &total_bytes) == FLAGOS_OK;
   std::string text = "flagos out of memory. Tried to allocate " + mib(size) + " on flagos:" + std::to_string(device_) +
-                     " (" + hal_->name + "): this process holds " + mib(allocated) + " in tensors and " + mib(reserved) +
-                     " reserved in all";
+                     " (" + hal_->name + "): this process holds " + mib(allocated) + " in tensors and " +
+                     mib(reserved) + " reserved in all";
   if (over_limit) text += ", and may reserve " + mib(limit) + " (set_per_process_memory_fraction)";
   if (known) text += "; the chip has " + mib(free_bytes) + " free of " + mib(total_bytes);
   if (!chip_message.empty()) text += " and says: " + chip_message;
@@ -212,7 +213,8 @@ double DeviceCache::fraction() {
   return fraction_;
 }
 
-// ---- statistics --------------------------------------------------------------------------------------------------------
+// ---- statistics
+// --------------------------------------------------------------------------------------------------------
 
 c10::CachingAllocator::Stat Counter::stat() const {
   c10::CachingAllocator::Stat s;
@@ -267,9 +269,9 @@ void DeviceCache::snapshot(std::vector<MemorySegment>* out) {
     const c10::Stream stream(c10::Stream::UNSAFE, flagos_device(device_), p.stream);
     out->push_back({reinterpret_cast<uintptr_t>(s.device_ptr), s.size, stream, !p.is_small, {}});
     for (const Block* block = s.first; block != nullptr; block = block->next) {
-      const auto state = block->state == Block::kAllocated   ? MemoryBlock::kAllocated
-                         : block->state == Block::kFree      ? MemoryBlock::kInactive
-                                                             : MemoryBlock::kAwaitingFree;
+      const auto state = block->state == Block::kAllocated ? MemoryBlock::kAllocated
+                         : block->state == Block::kFree    ? MemoryBlock::kInactive
+                                                           : MemoryBlock::kAwaitingFree;
       out->back().blocks.push_back({block->size, block->requested, state});
     }
   }

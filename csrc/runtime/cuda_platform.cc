@@ -215,8 +215,7 @@ void CudaPlatform::copy_bytes(void* dst, c10::Device dst_device, const void* src
   C10_CUDA_CHECK(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDefault, cuda_stream.stream()));
   const void* host = dst_device.type() == c10::kCPU ? dst : src_device.type() == c10::kCPU ? src : nullptr;
   // Pinned memory that CUDA's host allocator does not know by this address must not be reused before the copy is done.
-  if (host != nullptr && is_pinned(host) &&
-      !host_allocator_->record_event(const_cast<void*>(host), nullptr, stream)) {
+  if (host != nullptr && is_pinned(host) && !host_allocator_->record_event(const_cast<void*>(host), nullptr, stream)) {
     cuda_stream.synchronize();
   }
 }
@@ -225,8 +224,9 @@ void CudaPlatform::copy_bytes(void* dst, c10::Device dst_device, const void* src
 }  // namespace flagos
 
 extern "C" __attribute__((visibility("default"))) flagos::Platform* flagos_make_cuda_platform() {
-  TORCH_CHECK(c10::cuda::device_count() > 0,
-              "flagos: the cuda chip was chosen, but PyTorch finds no CUDA device; 'python -m torch_fl doctor' shows why, "
-              "FLAGOS_ACCELERATOR=host uses the simulated device");
+  TORCH_CHECK(
+      c10::cuda::device_count() > 0,
+      "flagos: the cuda chip was chosen, but PyTorch finds no CUDA device; 'python -m torch_fl doctor' shows why, "
+      "FLAGOS_ACCELERATOR=host uses the simulated device");
   return new flagos::CudaPlatform();
 }

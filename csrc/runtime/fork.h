@@ -1,7 +1,7 @@
 // fork.h: what a forked child may still do with the device: nothing, and it must be told so clearly.
 //
-// A child inherits the parent's cache, locks and address ranges but none of the threads or the driver state behind them.
-// Every way in raises; every deleter becomes a no-op, because the memory belongs to the parent.
+// A child inherits the parent's cache, locks and address ranges but none of the threads or the driver state behind
+// them. Every way in raises; every deleter becomes a no-op, because the memory belongs to the parent.
 #pragma once
 
 #include <c10/macros/Macros.h>

@@ -14,9 +14,7 @@ FlagosGenerator::FlagosGenerator(at::Generator native, c10::DeviceIndex index)
     : c10::GeneratorImpl(flagos_device(index), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)),
       native_(std::move(native)) {}
 
-void FlagosGenerator::set_state(const c10::TensorImpl& state) {
-  native_.unsafeGetGeneratorImpl()->set_state(state);
-}
+void FlagosGenerator::set_state(const c10::TensorImpl& state) { native_.unsafeGetGeneratorImpl()->set_state(state); }
 
 c10::intrusive_ptr<c10::TensorImpl> FlagosGenerator::get_state() const {
   return native_.unsafeGetGeneratorImpl()->get_state();
@@ -29,19 +27,17 @@ void FlagosGenerator::graphsafe_set_state(const c10::intrusive_ptr<c10::Generato
 }
 
 c10::intrusive_ptr<c10::GeneratorImpl> FlagosGenerator::graphsafe_get_state() const {
-  return c10::make_intrusive<FlagosGenerator>(
-      at::Generator(native_.unsafeGetGeneratorImpl()->graphsafe_get_state()), device_.index());
+  return c10::make_intrusive<FlagosGenerator>(at::Generator(native_.unsafeGetGeneratorImpl()->graphsafe_get_state()),
+                                              device_.index());
 }
 
-FlagosGenerator* FlagosGenerator::clone_impl() const {
-  return new FlagosGenerator(native_.clone(), device_.index());
-}
+FlagosGenerator* FlagosGenerator::clone_impl() const { return new FlagosGenerator(native_.clone(), device_.index()); }
 
 at::Generator native_of(const at::Generator& generator) {
   if (!generator.defined()) return generator;
   const auto* flagos = dynamic_cast<FlagosGenerator*>(generator.unsafeGetGeneratorImpl());
-  TORCH_CHECK(flagos != nullptr, "Expected a 'flagos' device type for generator but found '",
-              generator.device().type(), "'");
+  TORCH_CHECK(flagos != nullptr, "Expected a 'flagos' device type for generator but found '", generator.device().type(),
+              "'");
   return flagos->native();
 }
 
@@ -49,9 +45,8 @@ const at::Generator& default_generator(c10::DeviceIndex index) {
   static auto& generators = *new std::vector<at::Generator>(platform().device_count());
   static auto& once = *new std::vector<std::once_flag>(platform().device_count());
   const auto i = checked_index(index);
-  std::call_once(once[i], [i] {
-    generators[i] = at::make_generator<FlagosGenerator>(platform().native_generator(i, false), i);
-  });
+  std::call_once(
+      once[i], [i] { generators[i] = at::make_generator<FlagosGenerator>(platform().native_generator(i, false), i); });
   return generators[i];
 }
 

@@ -10,7 +10,8 @@
 
 namespace flagos {
 
-// "flagos: <what> failed on flagos:<device> (<chip>): <STATUS> <chip message>; <hint>". device < 0: no device in the text.
+// "flagos: <what> failed on flagos:<device> (<chip>): <STATUS> <chip message>; <hint>". device < 0: no device in the
+// text.
 std::string hal_error_text(const flagos_hal* hal, const char* what, int device, flagos_status status);
 [[noreturn]] void throw_hal_error(const flagos_hal* hal, const char* what, int device, flagos_status status);
 

@@ -118,7 +118,8 @@ void* HalPlatform::device_address(const c10::DataPtr& native) const {
 
 void* HalPlatform::native_address(void* address) const {
   void* alias = nullptr;
-  if (address == nullptr || hal_->host_alias == nullptr || hal_->host_alias(address, &alias) != FLAGOS_OK) return address;
+  if (address == nullptr || hal_->host_alias == nullptr || hal_->host_alias(address, &alias) != FLAGOS_OK)
+    return address;
   return alias;
 }
 

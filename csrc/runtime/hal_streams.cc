@@ -31,8 +31,8 @@ StreamSlot StreamTable::slot_of(c10::Stream stream) const {
   TORCH_CHECK(stream.device_type() == kFlagos, "Expected a 'flagos' stream but found one of '", stream.device(), "'");
   const auto device = checked_index(stream.device_index());
   const auto id = stream.id();
-  TORCH_CHECK(id >= 0 && id < kStreamSlots && devices_[device]->exists[id].load(std::memory_order_acquire), "stream id ",
-              id, " is not a stream of flagos:", static_cast<int>(device),
+  TORCH_CHECK(id >= 0 && id < kStreamSlots && devices_[device]->exists[id].load(std::memory_order_acquire),
+              "stream id ", id, " is not a stream of flagos:", static_cast<int>(device),
               "; make streams with torch.Stream(device='flagos')");
   return static_cast<StreamSlot>(id);
 }

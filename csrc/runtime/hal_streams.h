@@ -1,7 +1,7 @@
 // hal_streams.h: the streams of a HAL chip: c10::StreamId <-> flagos_stream, pools, and each thread's current streams.
 //
-// Id 0 is the default stream. The others come from pools of 32 per priority and device, handed out in turn and kept until
-// the process ends, so that a stream id never dangles. A small number as id lets other tables be indexed by it.
+// Id 0 is the default stream. The others come from pools of 32 per priority and device, handed out in turn and kept
+// until the process ends, so that a stream id never dangles. A small number as id lets other tables be indexed by it.
 #pragma once
 
 #include <c10/core/Stream.h>

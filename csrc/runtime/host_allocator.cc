@@ -87,9 +87,7 @@ struct HalHostAllocatorImpl : at::CachingHostAllocatorImpl<c10::Stream, OwnedEve
     events->emplace_back(stream);
   }
   bool query_event(OwnedEvent& event) override { return event.done(); }
-  c10::Stream get_current_stream() const override {
-    return platform().current_stream(platform().current_device());
-  }
+  c10::Stream get_current_stream() const override { return platform().current_stream(platform().current_device()); }
   bool stream_is_capturing(c10::Stream) const override { return false; }
 };
 
@@ -104,9 +102,7 @@ void hal_host_free(void* context) {
 struct RegisteredHostAllocator final : at::HostAllocator {
   at::DataPtr allocate(size_t size) override { return inner().allocate(size); }
   at::DeleterFnPtr raw_deleter() const override { return inner().raw_deleter(); }
-  void copy_data(void* dest, const void* src, std::size_t count) const override {
-    std::memcpy(dest, src, count);
-  }
+  void copy_data(void* dest, const void* src, std::size_t count) const override { std::memcpy(dest, src, count); }
   bool record_event(void* ptr, void* ctx, c10::Stream stream) override {
     return inner().record_event(ptr, ctx, stream);
   }

@@ -1,8 +1,8 @@
 // host_native.cc: the simulated host chip as torch's CPU kernels see it.
 //
-// Its native label is CPU, so results of CPU kernels would land in ordinary memory. While a native call runs on a thread
-// (native_call_device >= 0), the CPU allocator registered here gives device memory instead: its host-readable alias,
-// labelled CPU. Kernels run on the calling thread, so a native call first waits for its stream.
+// Its native label is CPU, so results of CPU kernels would land in ordinary memory. While a native call runs on a
+// thread (native_call_device >= 0), the CPU allocator registered here gives device memory instead: its host-readable
+// alias, labelled CPU. Kernels run on the calling thread, so a native call first waits for its stream.
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -32,9 +32,7 @@ class CpuHook final : public c10::Allocator {
   bool is_simple_data_ptr(const c10::DataPtr& ptr) const override {
     return CachingAllocator::block_of(ptr) == nullptr && ordinary_->is_simple_data_ptr(ptr);
   }
-  void copy_data(void* dest, const void* src, std::size_t count) const override {
-    default_copy_data(dest, src, count);
-  }
+  void copy_data(void* dest, const void* src, std::size_t count) const override { default_copy_data(dest, src, count); }
 
  private:
   static void free_either(void* address) {
@@ -61,7 +59,8 @@ class HostPlatform final : public HalPlatform {
               hal_->stream_sync(index, streams_.current_handle(index)));
   }
 
-  // Each device has its own CPU generator: equal seeds give the CPU's numbers. Like the CPU's own it starts unpredictably.
+  // Each device has its own CPU generator: equal seeds give the CPU's numbers. Like the CPU's own it starts
+  // unpredictably.
   at::Generator make_generator(c10::DeviceIndex /*index*/, bool fresh) const override {
     return fresh ? at::detail::createCPUGenerator()
                  : at::detail::createCPUGenerator(c10::detail::getNonDeterministicRandom());

@@ -1,8 +1,8 @@
 // platform.h: the one seam between PyTorch's registrations and a chip's run time.
 //
 // Exactly one Platform exists per process (set_platform, called once from torch_fl's import). The c10 registrations
-// (guard, allocator, host allocator, hooks, generator) are thin and forward to it; the operators ask it for memory and for
-// the label under which torch's own kernels accept that memory.
+// (guard, allocator, host allocator, hooks, generator) are thin and forward to it; the operators ask it for memory and
+// for the label under which torch's own kernels accept that memory.
 #pragma once
 
 #include <ATen/core/CachingHostAllocator.h>
@@ -47,7 +47,8 @@ class Platform {
   virtual const char* chip() const = 0;
   virtual std::optional<c10::DeviceType> native_type() const = 0;
 
-  // ---- devices. Indices are checked by the caller; errors are c10::Error. --------------------------------------------
+  // ---- devices. Indices are checked by the caller; errors are c10::Error.
+  // --------------------------------------------
   virtual c10::DeviceIndex device_count() const noexcept = 0;  // creates no context, never throws
   virtual c10::DeviceIndex current_device() const = 0;
   virtual void set_device(c10::DeviceIndex index) = 0;
@@ -57,7 +58,8 @@ class Platform {
   virtual void synchronize_device(c10::DeviceIndex index) const = 0;
   virtual bool can_access_peer(c10::DeviceIndex index, c10::DeviceIndex peer) const = 0;
 
-  // ---- streams and events. Every c10::Stream here is labelled flagos. ---------------------------------------------------
+  // ---- streams and events. Every c10::Stream here is labelled flagos.
+  // ---------------------------------------------------
   virtual c10::Stream current_stream(c10::DeviceIndex index) const = 0;
   virtual c10::Stream default_stream(c10::DeviceIndex index) const = 0;
   virtual c10::Stream exchange_stream(c10::Stream stream) = 0;  // returns the previous current stream of its device
@@ -75,14 +77,15 @@ class Platform {
   virtual double elapsed_ms(void* start, void* end, c10::DeviceIndex index) const = 0;
   virtual void destroy_event(void* event, c10::DeviceIndex index) const noexcept = 0;
 
-  // ---- memory -------------------------------------------------------------------------------------------------------------
+  // ---- memory
+  // -------------------------------------------------------------------------------------------------------------
   // Memory of the current device in the order of its current stream. The DataPtr is labelled native_type() (with the
   // address that native kernels use), or flagos when there is none.
   virtual c10::DataPtr allocate(size_t nbytes) = 0;
   // The allocator that native kernels find in a storage when they resize it.
   virtual c10::Allocator* native_allocator() = 0;
-  // The address that a flagos tensor shows for memory that native kernels see as `native`: the same one, unless the chip
-  // hides device memory from the host. `native` need not come from allocate(): then it is returned unchanged.
+  // The address that a flagos tensor shows for memory that native kernels see as `native`: the same one, unless the
+  // chip hides device memory from the host. `native` need not come from allocate(): then it is returned unchanged.
   virtual void* device_address(const c10::DataPtr& native) const { return native.get(); }
   // The other way: the address that native kernels use for an address that a flagos tensor shows. Memory that the chip
   // does not know comes back unchanged.
@@ -100,20 +103,21 @@ class Platform {
   virtual void set_memory_fraction(c10::DeviceIndex index, double fraction) = 0;
   virtual double memory_fraction(c10::DeviceIndex index) const = 0;
   virtual std::vector<MemorySegment> memory_snapshot() = 0;
-  // Bytes between host and device, or between devices, in the order of `stream`. Returns before they have moved when the
-  // host side is pinned; otherwise the chip decides. Used where no native kernel can do it.
+  // Bytes between host and device, or between devices, in the order of `stream`. Returns before they have moved when
+  // the host side is pinned; otherwise the chip decides. Used where no native kernel can do it.
   virtual void copy_bytes(void* dst, c10::Device dst_device, const void* src, c10::Device src_device, size_t nbytes,
                           c10::Stream stream) = 0;
 
-  // ---- native calls -------------------------------------------------------------------------------------------------------
-  // Called before a native kernel runs on device `index`, when native_needs_entry(): the host chip waits here until the
+  // ---- native calls
+  // ------------------------------------------------------------------------------------------------------- Called
+  // before a native kernel runs on device `index`, when native_needs_entry(): the host chip waits here until the
   // current stream has drained, because its "kernels" run on the calling thread.
   virtual bool native_needs_entry() const { return false; }
   virtual void enter_native(c10::DeviceIndex /*index*/) {}
 
-  // ---- random numbers -----------------------------------------------------------------------------------------------------
-  // The native generator behind the default generator of a device, always the same one; `fresh` makes one with its own
-  // state.
+  // ---- random numbers
+  // ----------------------------------------------------------------------------------------------------- The native
+  // generator behind the default generator of a device, always the same one; `fresh` makes one with its own state.
   virtual at::Generator native_generator(c10::DeviceIndex index, bool fresh) = 0;
 };
 
@@ -131,9 +135,9 @@ using MakePlatformFn = Platform* (*)();
 // Checks a device index and returns it as is; -1 means the current device. The error names the count.
 c10::DeviceIndex checked_index(int64_t index);
 
-// The device on which the calling thread runs a native kernel, -1 outside one. Native allocators that must put a kernel's
-// results into device memory (the host chip) read it.
-// A plain __thread with a fixed offset: ordinary CPU allocations read it too and must not notice.
+// The device on which the calling thread runs a native kernel, -1 outside one. Native allocators that must put a
+// kernel's results into device memory (the host chip) read it. A plain __thread with a fixed offset: ordinary CPU
+// allocations read it too and must not notice.
 extern __thread c10::DeviceIndex native_call_device __attribute__((tls_model("initial-exec")));
 
 }  // namespace flagos

@@ -11,7 +11,9 @@ from torch_fl import _C
 
 flagos = torch_fl.flagos
 MIB = 1 << 20
-on_hal = pytest.mark.skipif(torch_fl.chip() == "cuda", reason="states figures of our own allocator, CUDA brings its own")
+on_hal = pytest.mark.skipif(
+    torch_fl.chip() == "cuda", reason="states figures of our own allocator, CUDA brings its own"
+)
 on_host = pytest.mark.skipif(torch_fl.chip() != "host", reason="drives the simulated host chip")
 
 

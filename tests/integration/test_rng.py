@@ -128,7 +128,9 @@ def test_bad_state_changes_nothing():
     assert torch.equal(generator.get_state(), state)
 
 
-@pytest.mark.parametrize("op", ["dropout", "bernoulli", "multinomial", "randint", "randperm", "normal_", "exponential_"])
+@pytest.mark.parametrize(
+    "op", ["dropout", "bernoulli", "multinomial", "randint", "randperm", "normal_", "exponential_"]
+)
 def test_operators_repeat(op):
     def run():
         x = torch.full((64,), 0.5, device="flagos")

@@ -202,14 +202,20 @@ def test_foreign_handle_is_refused():
 
 def test_unknown_stream_id():
     with pytest.raises(RuntimeError):
-        flagos.set_stream(torch.Stream(stream_id=120, device_index=0, device_type=torch.Stream(device="flagos").device_type))
+        flagos.set_stream(
+            torch.Stream(stream_id=120, device_index=0, device_type=torch.Stream(device="flagos").device_type)
+        )
 
 
 @on_host
 @pytest.mark.parametrize("entry", ["stream_sync", "stream_query", "device_sync"])
 def test_faults_are_one_error(entry):
     stream = torch.Stream(device="flagos")
-    call = {"stream_sync": stream.synchronize, "stream_query": stream.query, "device_sync": torch.accelerator.synchronize}
+    call = {
+        "stream_sync": stream.synchronize,
+        "stream_query": stream.query,
+        "device_sync": torch.accelerator.synchronize,
+    }
     _C._sim.set_fail(f"{entry}@1=INTERNAL")
     with pytest.raises(RuntimeError, match=r"flagos: .* failed on flagos:0 \(host\): INTERNAL"):
         call[entry]()

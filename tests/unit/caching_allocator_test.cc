@@ -1,4 +1,5 @@
-// caching_allocator_test.cc: checks and a benchmark of the device memory cache, run directly on the simulated host chip.
+// caching_allocator_test.cc: checks and a benchmark of the device memory cache, on the simulated host chip alone.
+// chip.
 //
 // Usage: caching_allocator_test [bench]. Prints one line per check; the exit status is the number of failures.
 #include <c10/util/Exception.h>
@@ -33,13 +34,13 @@ std::string describe(const char* format, Args... args) {
   return text;
 }
 
-#define EXPECT(condition, ...)                                                    \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      failures++;                                                                 \
-      std::printf("FAIL %s:%d %s ", __func__, __LINE__, #condition);              \
-      std::printf("%s\n", describe(__VA_ARGS__).c_str());                          \
-    }                                                                             \
+#define EXPECT(condition, ...)                                       \
+  do {                                                               \
+    if (!(condition)) {                                              \
+      failures++;                                                    \
+      std::printf("FAIL %s:%d %s ", __func__, __LINE__, #condition); \
+      std::printf("%s\n", describe(__VA_ARGS__).c_str());            \
+    }                                                                \
   } while (0)
 
 const flagos_hal* hal;
@@ -197,7 +198,12 @@ void record_stream_waits() {
   c10::DataPtr a = f.get(4096);
   void* const address = a.get();
   const flagos_stream handle = f.streams.handle(0, other);
-  EXPECT(hal->stream_host_func(0, handle, [](void*) { while (!go) usleep(100); }, nullptr) == FLAGOS_OK);
+  EXPECT(hal->stream_host_func(
+             0, handle,
+             [](void*) {
+               while (!go) usleep(100);
+             },
+             nullptr) == FLAGOS_OK);
   f.memory.cache(0).record_stream(CachingAllocator::block_of(a), other);
   a.clear();
   auto s = f.stats();
@@ -236,7 +242,9 @@ void running_out_frees_caches_first() {
   uint64_t free_bytes = 0, total = 0;
   hal->mem_info(0, &free_bytes, &total);
   f.memory.cache(0).set_fraction((64.0 * kMiB + 1) / static_cast<double>(total));
-  { c10::DataPtr a = f.get(40 * kMiB); }
+  {
+    c10::DataPtr a = f.get(40 * kMiB);
+  }
   const auto before = f.stats();
   c10::DataPtr b = f.get(50 * kMiB);  // fits only when the first one's segment goes back
   const auto s = f.stats();
@@ -272,7 +280,9 @@ void faults_leave_it_usable() {
   plan("");
   uint64_t blocks = 0, bytes = 0;
   EXPECT(flagos_sim_live(0, &blocks, &bytes) == FLAGOS_OK && blocks == 0);
-  { c10::DataPtr a = f.get(100), b = f.get(5 * kMiB); }
+  {
+    c10::DataPtr a = f.get(100), b = f.get(5 * kMiB);
+  }
   plan("free@1=INTERNAL");
   EXPECT(message_of([&] { f.memory.emptyCache({0, 0}); }).find("freeing device memory") != std::string::npos);
   EXPECT(f.stats().segment[0].current == 1);
@@ -340,7 +350,8 @@ int main(int argc, char**) {
     Fixture f;
     for (const size_t size : {size_t{64}, size_t{4096}, kMiB, 8 * kMiB})
       for (const int threads : {1, 2, 8})
-        std::printf("allocate + free %8zu bytes, %d thread(s): %6.1f ns\n", size, threads, measure(f, size, 10, threads));
+        std::printf("allocate + free %8zu bytes, %d thread(s): %6.1f ns\n", size, threads,
+                    measure(f, size, 10, threads));
     return 0;
   }
   const std::pair<const char*, void (*)()> checks[] = {

@@ -1,4 +1,4 @@
-"""The device memory cache without PyTorch's dispatcher around it: builds caching_allocator_test.cc and runs its checks."""
+"""The device memory cache without the dispatcher around it: builds caching_allocator_test.cc and runs its checks."""
 
 import subprocess
 import sysconfig
