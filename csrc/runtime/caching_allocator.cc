@@ -23,7 +23,7 @@ DeviceCache::DeviceCache(const flagos_hal* hal, const StreamTable* streams, c10:
                          AddressMap* by_address)
     : hal_(hal), streams_(streams), device_(device), by_address_(by_address) {}
 
-// ---- counting -------------------------------------------------------------------------------------------------------
+// ---- counting
 
 void DeviceCache::add(StatKind kind, const BlockPool& p, int64_t n) {
   Counter& of_pool = counters_[kind][p.is_small ? 1 : 2];
@@ -72,7 +72,7 @@ inline void DeviceCache::count_free(const Block* block, bool still_active) {
   }
 }
 
-// ---- blocks and pools ----------------------------------------------------------------------------------------------
+// ---- blocks and pools
 
 BlockPool& DeviceCache::pool(StreamSlot stream, bool is_small) {
   auto& slot = pools_[stream][is_small ? 0 : 1];
@@ -223,7 +223,7 @@ bool DeviceCache::worth_merging(BlockPool& p) {
   return p.is_small && p.frees_since_merge > 0 && p.frees_since_merge >= p.merge_after;
 }
 
-// ---- the two entry points -------------------------------------------------------------------------------------------
+// ---- the two entry points
 
 Block* DeviceCache::allocate(StreamSlot stream, size_t nbytes) {
   Lock lock(mutex_);
@@ -318,7 +318,6 @@ void DeviceCache::finish_events() {
 }
 
 // ---- behind PyTorch's interface
-// --------------------------------------------------------------------------------------
 
 CachingAllocator::CachingAllocator(const flagos_hal* hal, const StreamTable* streams, int device_count,
                                    std::optional<c10::DeviceType> label)

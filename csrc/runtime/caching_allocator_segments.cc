@@ -28,7 +28,7 @@ std::string mib(uint64_t bytes) { return c10::CachingAllocator::format_size(byte
 
 }  // namespace
 
-// ---- growing --------------------------------------------------------------------------------------------------------
+// ---- growing
 
 // A block of `size` bytes for a pool that has none: merge, else a new segment, else free what is cached and try again.
 Block* DeviceCache::grow(Lock& lock, BlockPool& p, size_t size) {
@@ -214,7 +214,6 @@ double DeviceCache::fraction() {
 }
 
 // ---- statistics
-// --------------------------------------------------------------------------------------------------------
 
 c10::CachingAllocator::Stat Counter::stat() const {
   c10::CachingAllocator::Stat s;

@@ -43,7 +43,7 @@ Platform* make_hal_platform(const flagos_hal* hal) {
   return new HalPlatform(hal, std::nullopt);
 }
 
-// ---- devices --------------------------------------------------------------------------------------------------------
+// ---- devices
 
 bool HalPlatform::has_primary_context(c10::DeviceIndex index) const {
   return index >= 0 && index < count_ && (streams_.used(index) || allocator_.cache(index).used());
@@ -74,7 +74,7 @@ bool HalPlatform::can_access_peer(c10::DeviceIndex index, c10::DeviceIndex peer)
   return can != 0;
 }
 
-// ---- streams --------------------------------------------------------------------------------------------------------
+// ---- streams
 
 c10::Stream HalPlatform::exchange_stream(c10::Stream next) {
   const StreamSlot slot = streams_.slot_of(next);
@@ -108,7 +108,7 @@ void* HalPlatform::native_handle(c10::Stream s) const {
   return streams_.native_handle(s.device_index(), streams_.slot_of(s));
 }
 
-// ---- memory ---------------------------------------------------------------------------------------------------------
+// ---- memory
 
 void* HalPlatform::device_address(const c10::DataPtr& native) const {
   const Block* block = CachingAllocator::block_of(native);

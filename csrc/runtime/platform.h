@@ -48,7 +48,6 @@ class Platform {
   virtual std::optional<c10::DeviceType> native_type() const = 0;
 
   // ---- devices. Indices are checked by the caller; errors are c10::Error.
-  // --------------------------------------------
   virtual c10::DeviceIndex device_count() const noexcept = 0;  // creates no context, never throws
   virtual c10::DeviceIndex current_device() const = 0;
   virtual void set_device(c10::DeviceIndex index) = 0;
@@ -59,7 +58,6 @@ class Platform {
   virtual bool can_access_peer(c10::DeviceIndex index, c10::DeviceIndex peer) const = 0;
 
   // ---- streams and events. Every c10::Stream here is labelled flagos.
-  // ---------------------------------------------------
   virtual c10::Stream current_stream(c10::DeviceIndex index) const = 0;
   virtual c10::Stream default_stream(c10::DeviceIndex index) const = 0;
   virtual c10::Stream exchange_stream(c10::Stream stream) = 0;  // returns the previous current stream of its device
@@ -78,7 +76,6 @@ class Platform {
   virtual void destroy_event(void* event, c10::DeviceIndex index) const noexcept = 0;
 
   // ---- memory
-  // -------------------------------------------------------------------------------------------------------------
   // Memory of the current device in the order of its current stream. The DataPtr is labelled native_type() (with the
   // address that native kernels use), or flagos when there is none.
   virtual c10::DataPtr allocate(size_t nbytes) = 0;
@@ -109,14 +106,14 @@ class Platform {
                           c10::Stream stream) = 0;
 
   // ---- native calls
-  // ------------------------------------------------------------------------------------------------------- Called
+  // Called
   // before a native kernel runs on device `index`, when native_needs_entry(): the host chip waits here until the
   // current stream has drained, because its "kernels" run on the calling thread.
   virtual bool native_needs_entry() const { return false; }
   virtual void enter_native(c10::DeviceIndex /*index*/) {}
 
   // ---- random numbers
-  // ----------------------------------------------------------------------------------------------------- The native
+  // The native
   // generator behind the default generator of a device, always the same one; `fresh` makes one with its own state.
   virtual at::Generator native_generator(c10::DeviceIndex index, bool fresh) = 0;
 };

@@ -151,7 +151,7 @@ def test_fault_at_the_first_record_leaves_the_event_usable():
     for plan in ("event_create@1=INTERNAL", "event_record@1=OUT_OF_MEMORY"):
         event = torch.Event("flagos")
         _C._sim.set_fail(plan)
-        with pytest.raises(RuntimeError, match="flagos: .*event"):
+        with pytest.raises(RuntimeError, match=r"flagos: .*event"):
             event.record()
         _C._sim.set_fail("")
         event.record()

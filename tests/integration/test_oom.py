@@ -128,7 +128,7 @@ def test_the_chip_says_no_once(faults):
 @on_host
 def test_the_chip_says_no_twice(faults):
     faults("malloc@1=OUT_OF_MEMORY;malloc@2=OUT_OF_MEMORY")
-    with pytest.raises(torch.OutOfMemoryError, match="and says: .*"):
+    with pytest.raises(torch.OutOfMemoryError, match="and says: "):
         mib(100)
     faults("")
     assert mib(100).numel() == 100 * MIB
