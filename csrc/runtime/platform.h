@@ -106,15 +106,14 @@ class Platform {
                           c10::Stream stream) = 0;
 
   // ---- native calls
-  // Called
-  // before a native kernel runs on device `index`, when native_needs_entry(): the host chip waits here until the
-  // current stream has drained, because its "kernels" run on the calling thread.
+  // Called before a native kernel runs on device `index`, when native_needs_entry(): the host chip waits here until
+  // the current stream has drained, because its "kernels" run on the calling thread.
   virtual bool native_needs_entry() const { return false; }
   virtual void enter_native(c10::DeviceIndex /*index*/) {}
 
   // ---- random numbers
-  // The native
-  // generator behind the default generator of a device, always the same one; `fresh` makes one with its own state.
+  // The native generator behind the default generator of a device, always the same one; `fresh` makes one with its
+  // own state.
   virtual at::Generator native_generator(c10::DeviceIndex index, bool fresh) = 0;
 };
 
