@@ -26,6 +26,8 @@ can_access_peer enable_peer last_error""".split()
 QUIET = {
     "event_create in copies": "a pinned block that cannot be recorded is waited for instead",
     "event_record in copies": "a pinned block that cannot be recorded is waited for instead",
+    "event_create in streams_and_events": "the last ones are of freed blocks, which are waited for instead",
+    "event_record in streams_and_events": "the last ones are of freed blocks, which are waited for instead",
     "event_destroy": "called from destructors, which cannot raise",
     "host_free": "called from destructors, which cannot raise",
     "stream_query": "only asked whether cached memory may be reused: a failure means 'not yet'",
@@ -200,6 +202,19 @@ def test_there_are_enough_cases():
     total = sum(len(cases_of(work)) for work in WORK)
     entries = {entry for work in WORK for entry, _ in cases_of(work)}
     assert total >= 60 and len(entries) >= 15, (total, sorted(entries))
+
+
+@pytest.mark.parametrize("entry", ["event_create", "event_record"])
+def test_event_faults_reach_the_user(entry):
+    settle()
+    event = torch.flagos.Event()
+    sim.set_fail(f"{entry}@1=INTERNAL")
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        event.record()
+    settle()
+    event.record()
+    event.synchronize()
+    assert event.query()
 
 
 def test_out_of_memory_frees_the_cache_and_retries():
