@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "csrc/aten/call.h"
+#include "csrc/aten/interop.h"
 
 namespace flagos {
 
@@ -217,7 +218,14 @@ struct Relabel<Op, R(A...)> {
     Call call;
     std::tuple<Arg<A>...> args{Arg<A>(call, a, kWritesConst)...};
     call.enter(Op::name, mixed_devices_allowed<Op>());
-    auto run = [&](auto&... arg) -> R { return Op::redispatch(native.dense, arg.get(call)...); };
+    auto run = [&](auto&... arg) -> R {
+      try {
+        return Op::redispatch(native.dense, arg.get(call)...);
+      } catch (c10::AcceleratorError& error) {
+        name_operator(error, Op::name);
+        throw;
+      }
+    };
     if constexpr (std::is_void_v<R>) {
       std::apply(run, args);
       call.write_back();

@@ -98,6 +98,7 @@ const c10::DataPtr& native_data_ptr(const c10::DataPtr& ptr) {
 }
 
 void resize_flagos_storage(c10::StorageImpl* storage, size_t nbytes) {
+  TORCH_CHECK(storage->resizable(), "Trying to resize storage that is not resizable");
   const auto device = storage->device();
   c10::DeviceGuard guard(device);
   auto& chip = platform();
