@@ -186,7 +186,7 @@ typedef struct flagos_hal {
 FLAGOS_EXPORT const flagos_hal* flagos_hal_get(uint32_t abi_major);
 typedef const flagos_hal* (*flagos_hal_get_fn)(uint32_t abi_major);
 
-/* ---- libflagos.so: finding and opening a chip ---------------------------------------------------------------------- */
+/* ---- libflagos.so: finding and opening a chip ------------------------------------------------------------------- */
 
 /* Opens a chip and returns its initialised table, wrapped by the validating interposer under FLAGOS_HAL_VALIDATE=1.
  * name NULL: FLAGOS_ACCELERATOR, else the one chip whose probe succeeds, else "host". Two chips that both probe are an

@@ -6,7 +6,7 @@
 #include <glob.h>
 #include <unistd.h>
 
-#include "cudart/cudart.h"
+#include "../cudart/cudart.h"
 #include "env.h"
 
 namespace flagos {

@@ -1,5 +1,5 @@
 // cudart.cc: opening a cudart-shaped runtime, devices and memory (cudart.h).
-#include "cudart/cudart.h"
+#include "cudart.h"
 
 #include <pthread.h>
 
@@ -31,7 +31,7 @@ flagos_status status_of(int error) {
 #define FLAGOS_CUDART_ERROR(number, status) \
   case number:                              \
     return FLAGOS_##status;
-#include "cudart/errors.inc"
+#include "errors.inc"
 #undef FLAGOS_CUDART_ERROR
     default:
       return FLAGOS_INTERNAL;
@@ -78,7 +78,7 @@ flagos_status Cudart::open() {
     enum { OPTIONAL, REQUIRED };
 #define FLAGOS_CUDART_SYMBOL(need, name, result, parameters) \
   symbols.push_back({#name, reinterpret_cast<void**>(&functions.name), need == REQUIRED});
-#include "cudart/symbols.inc"
+#include "symbols.inc"
 #undef FLAGOS_CUDART_SYMBOL
     for (Symbol& symbol : symbols) {
       for (const auto& rename : names.renamed) {

@@ -79,7 +79,7 @@ class Cudart {
  private:
   struct Functions {
 #define FLAGOS_CUDART_SYMBOL(need, name, result, parameters) result(*name) parameters = nullptr;
-#include "cudart/symbols.inc"
+#include "symbols.inc"
 #undef FLAGOS_CUDART_SYMBOL
   };
   struct Block {

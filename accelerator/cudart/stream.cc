@@ -1,6 +1,6 @@
 // stream.cc: copies, streams and events of a cudart-shaped runtime (cudart.h). Handles given to callers are our own, so
 // that a stale or foreign one is an error: the runtimes themselves crash on some of them.
-#include "cudart/cudart.h"
+#include "cudart.h"
 #include "status.h"
 
 namespace flagos {
