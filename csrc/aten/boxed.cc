@@ -113,6 +113,8 @@ void relabel_boxed(const c10::OperatorHandle& op, c10::DispatchKey functionality
   }
   op.redispatchBoxed(c10::DispatchKeySet(key), stack);
   if (writes) call.write_back();
+  // torch's own operators bump versions above this kernel; another library's kernel would have done it on the tensor itself.
+  if (writes && !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView)) call.bump_versions();
   const size_t results = schema.returns().size();
   for (size_t i = stack->size() - results; i < stack->size(); ++i) map_result(call, (*stack)[i]);
 }

@@ -27,47 +27,51 @@ class AliasImpl final : public c10::TensorImpl {
   void unbind() { storage_ = c10::Storage(); }
 };
 
-// Aliases of this thread that no call uses. Plain data, so that a thread-exit order cannot hurt: after its owner's
-// destructor ran the pool is full and empty at once.
-struct AliasPool {
-  static constexpr int kCapacity = 64;
-  AliasImpl* item[kCapacity];
-  int size = 0;
-  bool closed = false;
-  ~AliasPool() {
-    closed = true;
-    while (size) c10::raw::intrusive_ptr::decref(item[--size]);
-  }
-};
-thread_local AliasPool pool;
-
-c10::intrusive_ptr<AliasImpl> take_alias() {
-  auto& p = pool;
-  if (C10_LIKELY(p.size > 0)) return c10::intrusive_ptr<AliasImpl>::reclaim(p.item[--p.size]);
-  return c10::make_intrusive<AliasImpl>();
-}
-
-void recycle(at::Tensor& t) {
-  auto& p = pool;
-  auto* impl = static_cast<AliasImpl*>(t.unsafeGetTensorImpl());
-  if (C10_UNLIKELY(t.use_count() != 1 || !impl->reusable() || p.closed || p.size == AliasPool::kCapacity)) return;
-  impl->unbind();
-  t.unsafeReleaseTensorImpl();
-  p.item[p.size++] = impl;
-}
-
 bool shared(const at::Tensor& t) {
   return t.use_count() > 1 || t.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
 }
 
 }  // namespace
 
+// Aliases of this thread that no call uses.
+struct AliasPool {
+  static constexpr int kCapacity = 64;
+  AliasImpl* item[kCapacity];
+  int size = 0;
+  bool closed = false;  // the thread is ending, and its later calls must not refill what nobody will empty
+
+  c10::intrusive_ptr<AliasImpl> take() {
+    if (C10_LIKELY(size > 0)) return c10::intrusive_ptr<AliasImpl>::reclaim(item[--size]);
+    return c10::make_intrusive<AliasImpl>();
+  }
+  void give_back(at::Tensor& t) {
+    auto* impl = static_cast<AliasImpl*>(t.unsafeGetTensorImpl());
+    if (C10_UNLIKELY(t.use_count() != 1 || !impl->reusable() || closed || size == kCapacity)) return;
+    impl->unbind();
+    t.unsafeReleaseTensorImpl();
+    item[size++] = impl;
+  }
+  ~AliasPool() {
+    closed = true;
+    while (size) c10::raw::intrusive_ptr::decref(item[--size]);
+  }
+};
+
+namespace {
+AliasPool& this_threads_pool() {
+  thread_local AliasPool pool;
+  return pool;
+}
+}  // namespace
+
+Call::Call() : pool_(this_threads_pool()) {}
+
 Call::~Call() {
   if (entered_) native_call_device = outer_device_;
   // Backwards: a tensor that was passed twice shares one alias, which its first position owns.
   for (size_t i = alias_.size(); i-- > 0;) {
     if (origin_[i].pooled) {
-      recycle(alias_[i]);
+      pool_.give_back(alias_[i]);
     } else {
       alias_[i].reset();
     }
@@ -104,14 +108,14 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
     origin_.push_back(origin);
     return alias_.size() - 1;
   }
-  TORCH_CHECK(impl->has_storage(), "flagos: tensor of type ", t.toString(), " has no storage");
   origin.storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  TORCH_CHECK(origin.storage != nullptr, "flagos: tensor of type ", t.toString(), " has no storage");
   origin.twin = twin_of(origin.storage);
   origin.data = origin.twin->_mutable_data_ptr_no_checks().get();
   origin.nbytes = origin.twin->nbytes();
   origin.pooled = true;
   if (C10_UNLIKELY(origin.nbytes == 0) && impl->numel() > 0) released_ = &t;
-  auto alias = take_alias();
+  auto alias = pool_.take();
   alias->bind(impl, origin.twin);
   alias_.emplace_back(std::move(alias));
   origin_.push_back(origin);
@@ -173,13 +177,12 @@ void Call::enter(const char* op, bool mixed_allowed) {
   if (C10_UNLIKELY(released_ != nullptr || other_index_ >= 0 || (cpu_tensor_ && flagos_tensor_))) {
     refuse(op, mixed_allowed);
   }
-  const bool nothing_of_ours = index_ < 0;
-  if (nothing_of_ours) index_ = platform().current_device();
-  if (!native.entry || results_native_) return;
+  if (index_ < 0) index_ = platform().current_device();
+  if (native.entry && results_native_) return;
   outer_device_ = native_call_device;
   entered_ = true;
   native_call_device = index_;
-  platform().enter_native(index_);
+  if (native.entry) platform().enter_native(index_);
 }
 
 void Call::write_back() {
@@ -203,6 +206,14 @@ void Call::write_back() {
     if (C10_UNLIKELY(from->sizes() != to->sizes() || from->strides() != to->strides() ||
                      from->storage_offset() != to->storage_offset())) {
       to->set_sizes_and_strides(from->sizes(), from->strides(), from->storage_offset());
+    }
+  }
+}
+
+void Call::bump_versions() {
+  for (const auto& origin : origin_) {
+    if (origin.write && origin.tensor && !origin.tensor->is_inference()) {
+      origin.tensor->unsafeGetTensorImpl()->bump_version();
     }
   }
 }

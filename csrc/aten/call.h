@@ -16,9 +16,11 @@
 
 namespace flagos {
 
+struct AliasPool;
+
 class Call {
  public:
-  Call() = default;
+  Call();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call();
@@ -42,6 +44,8 @@ class Call {
   // ---- after the kernel -------------------------------------------------------------------------------------------------
   // Carries sizes, strides, dtype, lazy bits, quantizer and storage of written aliases back to the originals.
   void write_back();
+  // Tells autograd that the written originals have changed.
+  void bump_versions();
   // A result under the flagos label: the original object when the kernel returned an argument, a tensor on the argument's
   // storage when it is a view of one, otherwise the same TensorImpl over a new flagos storage.
   at::Tensor result(at::Tensor&& t);
@@ -71,6 +75,7 @@ class Call {
   at::Tensor member_alias(const at::Tensor& t);
   at::Tensor member_result(const at::Tensor& t);
 
+  AliasPool& pool_;  // the thread's; looked up once, thread-locals of a shared library are not free
   c10::SmallVector<at::Tensor, 8> alias_;
   c10::SmallVector<Origin, 8> origin_;
   c10::SmallVector<std::pair<c10::StorageImpl*, c10::Storage>, 2> storages_;  // twin -> flagos storage, besides origin_
