@@ -256,8 +256,9 @@ def test_lost_device_stays_lost_and_says_so():
         x = torch.ones(4, device="flagos")
         other = torch.ones(4, device="flagos:1") if torch.flagos.device_count() > 1 else None
         sim.set_fail("stream_sync@1=DEVICE_LOST")
-        for use in (lambda: x.cpu(), lambda: x + 1, lambda: torch.flagos.synchronize(), lambda: torch.empty(1 << 22,
-        device="flagos")):     try:
+        allocate = lambda: torch.empty(1 << 22, device="flagos")
+        for use in (lambda: x.cpu(), lambda: x + 1, torch.flagos.synchronize, allocate):
+            try:
                 use()
             except RuntimeError as error:
                 assert "DEVICE_LOST" in str(error), error

@@ -21,8 +21,9 @@ def test_child_gets_a_clear_error_and_parent_goes_on():
                 assert y.sum().item() == 2
                 assert torch.flagos.device_count() >= 1
                 assert torch.flagos._is_in_bad_fork()
-                for use in (lambda: torch.ones(2, device="flagos"), lambda: x + 1, lambda: x.cpu(), lambda:
-                torch.flagos.synchronize()):     try:
+                make = lambda: torch.ones(2, device="flagos")
+                for use in (make, lambda: x + 1, lambda: x.cpu(), torch.flagos.synchronize):
+                    try:
                         use()
                     except RuntimeError as error:
                         assert "fork" in str(error) and "spawn" in str(error), error

@@ -108,7 +108,7 @@ def test_set_refuses_another_device(device):
 
 def test_set_out_of_bounds(device):
     x = torch.arange(4.0, device=device)
-    with pytest.raises(RuntimeError, match=r"negative|bounds|storage"):
+    with pytest.raises(RuntimeError, match=r"[Nn]egative strides"):
         torch.as_strided(x, (2,), (-1,))
     with pytest.raises(RuntimeError, match=r"bounds|storage"):
         x.as_strided((3, 3), (3, 1)).sum()
