@@ -215,7 +215,7 @@ def environment_names(tree):
     known = {variable.name for variable in environment_doc.table(tree.root)}
     problems = []
     for name in tree.select(*CXX, ".py", under=("accelerator/", "csrc/", "include/", "torch_fl/")):
-        reads = r'(?:\bflagos_env|_env\.(?:get|flag|with_prefix))\(\s*"([A-Z0-9_]+)"'
+        reads = r'(?:\bflagos_env|_env\.(?:get|raw|flag|with_prefix))\(\s*"([A-Z0-9_]+)"'
         for match in re.finditer(reads, tree.text(name)):
             if match[1] not in known:
                 problems.append(f"{name}: reads {match[1]}, which accelerator/env.inc lacks")

@@ -30,7 +30,17 @@ def _start() -> None:
     from torch_fl import _C, _env
 
     # 2. The chip: FLAGOS_ACCELERATOR, else what is found, else the simulated host.
-    chip = _C._init(_env.get("FLAGOS_ACCELERATOR"))
+    asked = _env.get("FLAGOS_ACCELERATOR")
+    try:
+        chip = _C._init(asked)
+    except RuntimeError as error:
+        from torch_fl import _cuda
+
+        raise _cuda.explained(error, asked) from None
+    if chip == "cuda":
+        from torch_fl import _cuda
+
+        _cuda.warn_of_version(torch.version.cuda)
 
     # 3. Routes: which backend serves which operator. An error here leaves the device unregistered.
     from torch_fl import routing

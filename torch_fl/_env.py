@@ -48,11 +48,16 @@ def table() -> tuple[Variable, ...]:
     raise FileNotFoundError(f"env.inc is missing beside {__file__}: the installation of torch_fl is incomplete")
 
 
-def get(name: str) -> str | None:
-    """The variable's value; None when it is unset or empty."""
+def raw(name: str) -> str | None:
+    """The variable's value; None when it is unset."""
     if name not in {variable.name for variable in table()}:
         raise KeyError(f"{name} is not in accelerator/env.inc: add it there with its default and meaning")
-    return os.environ.get(name) or None
+    return os.environ.get(name)
+
+
+def get(name: str) -> str | None:
+    """The variable's value; None when it is unset or empty."""
+    return raw(name) or None
 
 
 def flag(name: str) -> bool:

@@ -71,14 +71,15 @@ at::Tensor from_native(const at::Tensor& t, int64_t index) {
   auto result = copy_of(t.unsafeGetTensorImpl(), version_of(t));
   auto* impl = result.unsafeGetTensorImpl();
   impl->_change_backend_component_keys(device);
-  impl->set_storage_keep_dtype(c10::Storage(
-      flagos_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin), device.index())));
+  impl->set_storage_keep_dtype(
+      c10::Storage(flagos_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin), device.index())));
   return result;
 }
 
 void name_operator(c10::AcceleratorError& error, const char* op) {
-  error.add_context(c10::str("flagos: the error surfaced in ", op, "; kernels run asynchronously, so one that was ",
-                             "launched earlier may have caused it. CUDA_LAUNCH_BLOCKING=1 makes it surface at its cause."));
+  error.add_context(
+      c10::str("flagos: the error surfaced in ", op, "; kernels run asynchronously, so one that was ",
+               "launched earlier may have caused it. CUDA_LAUNCH_BLOCKING=1 makes it surface at its cause."));
 }
 
 }  // namespace flagos

@@ -4,7 +4,7 @@ One file per subject; this one gathers the names. Functions that torch.accelerat
 the same registrations in C++ as `torch.accelerator` itself.
 """
 
-from torch_fl.flagos import _lazy, amp, memory, random, streams
+from torch_fl.flagos import _lazy, amp, decode, graphs, interop, memory, random, streams
 from torch_fl.flagos._device import (
     _exchange_device,
     _get_device_index,
@@ -33,6 +33,9 @@ from torch_fl.flagos.amp import (
     set_autocast_dtype,
     set_autocast_enabled,
 )
+from torch_fl.flagos.decode import *  # noqa: F403
+from torch_fl.flagos.graphs import *  # noqa: F403
+from torch_fl.flagos.interop import *  # noqa: F403
 from torch_fl.flagos.memory import *  # noqa: F403
 from torch_fl.flagos.memory import _dump_snapshot, _snapshot
 from torch_fl.flagos.random import *  # noqa: F403
@@ -53,6 +56,7 @@ __all__ = [
     "amp",
     "can_device_access_peer",
     "current_device",
+    "decode",
     "device",
     "device_count",
     "device_of",
@@ -62,8 +66,10 @@ __all__ = [
     "get_device_capability",
     "get_device_name",
     "get_device_properties",
+    "graphs",
     "has_half",
     "init",
+    "interop",
     "ipc_collect",
     "is_autocast_enabled",
     "is_available",
@@ -76,6 +82,9 @@ __all__ = [
     "set_device",
     "streams",
     "synchronize",
+    *decode.__all__,
+    *graphs.__all__,
+    *interop.__all__,
     *memory.__all__,
     *random.__all__,
     *streams.__all__,

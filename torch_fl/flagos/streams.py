@@ -136,11 +136,6 @@ def stream(stream) -> StreamContext:
     return StreamContext(stream)
 
 
-def is_current_stream_capturing() -> bool:
-    """Whether the current stream is recording a graph. No chip offers that here yet."""
-    return False
-
-
 __all__ = [
     "Event",
     "ExternalStream",
@@ -149,7 +144,6 @@ __all__ = [
     "current_stream",
     "default_stream",
     "get_stream_from_external",
-    "is_current_stream_capturing",
     "set_stream",
     "stream",
 ]

@@ -1,0 +1,212 @@
+"""Graphs: recorded flagos work replays the same numbers, in training too; graph_decode generates what generate does."""
+
+import pytest
+import torch
+
+import torch_fl
+
+cuda = pytest.mark.cuda
+
+
+@cuda
+def test_capture_and_replay(device):
+    x = torch.zeros(128, 128, device=device)
+    w = torch.randn(128, 128, device=device)
+    (x @ w).relu().sum()  # libraries come up outside the recording
+    graph = torch.flagos.CUDAGraph()
+    assert not torch.flagos.is_current_stream_capturing()
+    with torch.flagos.graph(graph):
+        assert torch.flagos.is_current_stream_capturing()
+        y = (x @ w).relu()
+        z = torch.cat([y, y], 1).sum(1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(128, 128))
+        graph.replay()
+        assert y.is_flagos and torch.equal(y, (x @ w).relu()) and torch.equal(z, torch.cat([y, y], 1).sum(1))
+
+
+@cuda
+def test_capture_on_a_given_stream_and_pool(device):
+    pool = torch.flagos.graph_pool_handle()
+    side = torch.flagos.Stream()
+    x = torch.ones(1024, device=device)
+    graphs, results = [], []
+    for factor in (2, 3):
+        graph = torch.flagos.CUDAGraph()
+        with torch.flagos.graph(graph, pool=pool, stream=side):
+            assert torch.flagos.current_stream() == side
+            results.append(x * factor)
+        graphs.append(graph)
+    assert graphs[0].pool() == graphs[1].pool() == pool
+    x.fill_(5)
+    for graph in graphs:
+        graph.replay()
+    assert [r[0].item() for r in results] == [10, 15]
+
+
+@cuda
+def test_memory_of_a_graph_is_not_given_out(device):
+    """Small blocks too: whatever caches them must not hand a graph's memory to others, or theirs to the graph."""
+    x = torch.ones(64, device=device)
+    graph = torch.flagos.CUDAGraph()
+    with torch.flagos.graph(graph):
+        y = x * 2
+        z = y + 1
+    others = [torch.full((64,), -1.0, device=device) for _ in range(200)]
+    graph.replay()
+    assert y.eq(2).all() and z.eq(3).all()
+    assert all(o.eq(-1).all() for o in others)
+    addresses = {o.data_ptr() for o in others}
+    assert y.data_ptr() not in addresses and z.data_ptr() not in addresses
+
+
+@cuda
+def test_random_numbers_advance_at_replay_and_follow_the_seed(device):
+    torch.flagos.manual_seed(1)
+    graph = torch.flagos.CUDAGraph()
+    with torch.flagos.graph(graph):
+        y = torch.rand(1000, device=device)
+    draws = []
+    for seed in (7, None, 7):
+        if seed is not None:
+            torch.flagos.manual_seed(seed)
+        graph.replay()
+        draws.append(y.clone())
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+    torch.flagos.manual_seed(7)
+    assert torch.equal(draws[0], torch.rand(1000, device=device))
+
+
+@cuda
+def test_a_forbidden_call_in_a_recording_is_an_error_and_the_device_survives(device):
+    x = torch.ones(4, device=device)
+    with pytest.raises(RuntimeError, match="capture"), torch.flagos.graph(torch.flagos.CUDAGraph()):
+        x.sum().item()
+    torch.flagos.synchronize()
+    assert (x + 1).sum().item() == 8
+
+
+@cuda
+def test_a_whole_training_step(device):
+    """Forward, backward and optimizer in one graph; the weights equal those of eager steps."""
+
+    def setting():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8)).to(device)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True, foreach=True)
+
+    data = [torch.randn(16, 32).to(device) for _ in range(8)]
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    model, optimizer = setting()
+    eager = [step(model, optimizer, x).item() for x in data]
+
+    graphed, optimizer = setting()
+    x = data[0].clone()
+    side = torch.flagos.Stream()
+    side.wait_stream(torch.flagos.current_stream())
+    with torch.flagos.stream(side):
+        losses = [step(graphed, optimizer, x.copy_(d)).item() for d in data[:3]]
+    torch.flagos.current_stream().wait_stream(side)
+    graph = torch.flagos.CUDAGraph()
+    with torch.flagos.graph(graph):
+        loss = step(graphed, optimizer, x)
+    for d in data[3:]:
+        x.copy_(d)
+        graph.replay()
+        losses.append(loss.item())
+    torch.testing.assert_close(losses, eager, rtol=1e-5, atol=1e-6)
+    for a, b in zip(model.parameters(), graphed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@cuda
+def test_make_graphed_callables(device):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
+    plain = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
+    plain.load_state_dict(module.state_dict())
+    graphed = torch.flagos.make_graphed_callables(module, (torch.randn(8, 16, device=device, requires_grad=True),))
+    for _ in range(3):
+        x = torch.randn(8, 16, device=device)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        graphed(a).square().sum().backward()
+        plain(b).square().sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@cuda
+def test_mem_pool(device):
+    pool = torch.flagos.MemPool()
+    with torch.flagos.use_mem_pool(pool, device="flagos:0"):
+        inside = torch.ones(1 << 20, device=device)
+    outside = torch.ones(1 << 20, device=device)
+    segments = [(s["address"], s["address"] + s["total_size"]) for s in pool.snapshot()]
+    assert any(low <= inside.data_ptr() < high for low, high in segments)
+    assert not any(low <= outside.data_ptr() < high for low, high in segments)
+
+
+def test_chips_without_graphs_say_so():
+    if torch_fl.chip() == "cuda":
+        pytest.skip("the chip cuda records graphs")
+    assert not torch.flagos.is_current_stream_capturing()
+    for use in (
+        torch.flagos.CUDAGraph,
+        lambda: torch.flagos.graph(None),
+        torch.flagos.graph_pool_handle,
+        torch.flagos.MemPool,
+        lambda: torch.flagos.make_graphed_callables(None, ()),
+    ):
+        with pytest.raises(RuntimeError, match=f"the chip {torch_fl.chip()} records no graphs"):
+            use()
+
+
+# ---- graph_decode --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    pytest.importorskip("transformers", reason="transformers is not installed (requirements/demo.txt)")
+    from torch_fl.demo import workload
+
+    return workload.build_model(workload.small_config(hidden_size=96, intermediate_size=256, num_hidden_layers=2)).to("flagos")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_graph_decode_equals_generate(model, device, batch):
+    decoder = torch.flagos.graph_decode(model, max_length=48, batch=batch)
+    assert decoder.uses_graph == (torch_fl.chip() == "cuda")
+    for length in (5, 9):  # the second prompt reuses the recording
+        ids = torch.randint(0, 256, (batch, length)).to(device)
+        expected = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
+        )
+        assert torch.equal(decoder.generate(ids, 20), expected)
+
+
+@cuda
+def test_graph_decode_equals_its_eager_step(model, device):
+    ids = torch.randint(0, 256, (1, 7)).to(device)
+    results = [torch.flagos.graph_decode(model, 64, graph=graph).generate(ids, 40) for graph in (True, False)]
+    assert torch.equal(*results)
+
+
+def test_graph_decode_refuses_what_does_not_fit(model, device):
+    decoder = torch.flagos.graph_decode(model, 16, graph=False)
+    ids = torch.zeros((1, 10), dtype=torch.long, device=device)
+    with pytest.raises(ValueError, match="10 prompt tokens and 7 new ones do not fit max_length 16"):
+        decoder.generate(ids, 7)
+    with pytest.raises(ValueError, match=r"expected prompts of shape \(1, length\), got \(2, 10\)"):
+        decoder.prefill(ids.expand(2, 10))
+    if torch_fl.chip() != "cuda":
+        with pytest.raises(RuntimeError, match="records no graphs"):
+            torch.flagos.graph_decode(model, 16, graph=True)
