@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds that `import torch_fl` takes after `import torch`, in fresh processes; and what the first operator adds.
 
-    python benchmarks/import_time.py --out benchmarks/results
+python benchmarks/import_time.py --out benchmarks/results
 """
 
 from __future__ import annotations

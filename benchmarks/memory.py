@@ -120,7 +120,7 @@ def main(argv=None) -> int:
         else:
             data["parts"][part]["ratio"] = compare(part, *results)
             for device, result in zip(devices, results, strict=True):
-                print(f"{part:9} {device:7} {({k: v for k, v in result.items() if k != 'device'})}")
+                print(f"{part:9} {device:7} { ({k: v for k, v in result.items() if k != 'device'}) }")
             print(f"{part:9} ratio   {data['parts'][part]['ratio']}", flush=True)
         common.save(options.out, "memory.json", data)
     return 1 if failed else 0

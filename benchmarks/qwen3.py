@@ -137,7 +137,7 @@ def work_decode(options) -> dict:
 def decoder_source():
     """torch_fl/flagos/decode.py, loaded alone: a process of a stock device must not import torch_fl."""
     package = importlib.util.find_spec("torch_fl")
-    path = Path(list(package.submodule_search_locations)[0]) / "flagos" / "decode.py"
+    path = Path(next(iter(package.submodule_search_locations))) / "flagos" / "decode.py"
     spec = importlib.util.spec_from_file_location("graph_decode_source", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -271,8 +271,8 @@ def show_part(part: str, devices, result) -> None:
         if name in result:
             r = result[name]
             print(
-                f"{part:8} {name.replace('_', ' ')}: {devices[0]} {r['first']:.2f}, {devices[1]} {r['second']:.2f}, ratio "
-                f"{r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}, {r['pairs']} pairs)"
+                f"{part:8} {name.replace('_', ' ')}: {devices[0]} {r['first']:.2f}, {devices[1]} {r['second']:.2f}, "
+                f"ratio {r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}, {r['pairs']} pairs)"
             )
     for name in ("tokens_equal", "losses_bit_equal", "share_of_roofline", "graph", "peak_allocated", "peak_reserved"):
         if name in result:

@@ -69,7 +69,13 @@ def calls(options, budget) -> dict:
 
     seconds, errors = in_threads(options.threads, work)
     total = sum(done)
-    return {"calls": total, "asked": each * options.threads, "seconds": seconds, "per_second": total / seconds, "errors": errors}
+    return {
+        "calls": total,
+        "asked": each * options.threads,
+        "seconds": seconds,
+        "per_second": total / seconds,
+        "errors": errors,
+    }
 
 
 def backward(options, budget) -> dict:
@@ -90,7 +96,9 @@ def backward(options, budget) -> dict:
     total = sum(done)
     gradient = weight.grad.cpu()
     if not torch.equal(gradient, torch.full((16, 16), 4.0 * total)):
-        errors.append(f"after {total} backward passes the gradient is {gradient.flatten()[:3].tolist()}, not {4.0 * total}")
+        errors.append(
+            f"after {total} backward passes the gradient is {gradient.flatten()[:3].tolist()}, not {4.0 * total}"
+        )
     return {"backward": total, "seconds": seconds, "per_second": total / seconds, "errors": errors}
 
 
@@ -159,7 +167,10 @@ def main(argv=None) -> int:
             failed |= bool(problems) and device == devices[1]
             data["parts"][part][device] = result
             counted = next((f"{result[k]} {k}" for k in ("calls", "backward", "tensors") if k in result), "nothing")
-            print(f"{part:9} {device:7} {counted}, {result.get('per_second', 0):.0f}/s, {len(problems)} errors", flush=True)
+            print(
+                f"{part:9} {device:7} {counted}, {result.get('per_second', 0):.0f}/s, {len(problems)} errors",
+                flush=True,
+            )
             for problem in problems[:3]:
                 print(f"          {problem}")
         common.save(options.out, "threads.json", data)

@@ -68,8 +68,9 @@ def explain(known: Facts) -> str | None:
         return f"the GPU is there, but libcuda.so.1, the driver's library, does not open; install the driver, {host}"
     if _numbers(known.driver_cuda)[0] < _numbers(known.torch_cuda)[0]:
         return (
-            f"the NVIDIA driver is too old: it supports CUDA up to {known.driver_cuda}, PyTorch {known.torch_version} is "
-            f"built for CUDA {known.torch_cuda}; update the driver or install a PyTorch for CUDA {known.driver_cuda}, {host}"
+            f"the NVIDIA driver is too old: it supports CUDA up to {known.driver_cuda}, PyTorch "
+            f"{known.torch_version} is built for CUDA {known.torch_cuda}; update the driver or install a PyTorch for "
+            f"CUDA {known.driver_cuda}, {host}"
         )
     if not known.built:
         return f"torch_fl was built against a PyTorch without CUDA (libtorch_fl_cuda.so is missing); rebuild it, {host}"

@@ -6,8 +6,8 @@
 
 namespace flagos {
 
-// A tensor under the native label (CUDA; CPU on the host chip) over the memory of a flagos tensor. It owns the memory as
-// any tensor does, shares the version counter, and is detached from autograd. Only dense tensors.
+// A tensor under the native label (CUDA; CPU on the host chip) over the memory of a flagos tensor. It owns the memory
+// as any tensor does, shares the version counter, and is detached from autograd. Only dense tensors.
 at::Tensor as_native(const at::Tensor& t);
 
 // The other way: a flagos tensor of device `index` over the memory of a native one. -1 means the tensor's own index.

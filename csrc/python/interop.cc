@@ -1,6 +1,7 @@
 // interop.cc: torch_fl._C._as_native and _from_native: the same memory under the other label.
 //
-// torch_fl.flagos offers them as as_cuda and from_cuda. On the host chip the native label is cpu; there they serve tests.
+// torch_fl.flagos offers them as as_cuda and from_cuda. On the host chip the native label is cpu; there they serve
+// tests.
 #include "csrc/aten/interop.h"
 
 #include <torch/csrc/autograd/python_variable.h>

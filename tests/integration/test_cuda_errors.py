@@ -33,7 +33,14 @@ def test_each_cause_has_its_sentence(change, words):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"visible": "0"}, {"driver_cuda": "13.1"}, {"torch_cuda": "12.8"}, {"driver_cuda": "12.9", "torch_cuda": "12.8"}]
+    "change",
+    [
+        {},
+        {"visible": "0"},
+        {"driver_cuda": "13.1"},
+        {"torch_cuda": "12.8"},
+        {"driver_cuda": "12.9", "torch_cuda": "12.8"},
+    ],
 )
 def test_nothing_is_invented(change):
     assert _cuda.explain(GOOD._replace(**change)) is None
@@ -92,7 +99,7 @@ def test_import_and_count_make_no_context():
 @pytest.mark.cuda
 def test_out_of_memory(device):
     kept = torch.ones(4, device=device)
-    with pytest.raises(torch.OutOfMemoryError, match="(?s)out of memory.*Tried to allocate.*GiB") as caught:
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)out of memory.*Tried to allocate.*GiB") as caught:
         torch.empty(1 << 44, device=device)
     assert "total capacity" in str(caught.value)
     with pytest.raises(torch.OutOfMemoryError):
@@ -103,7 +110,7 @@ def test_out_of_memory(device):
 @pytest.mark.cuda
 def test_out_of_memory_gives_the_cache_back_first(device):
     """What is cached, by whatever cache, must be used before an allocation fails."""
-    free, total = torch.flagos.mem_get_info()
+    free, _ = torch.flagos.mem_get_info()
     size = free // 8
     blocks = [torch.empty(size // 2, dtype=torch.uint8, device=device) for _ in range(12)]
     small = [torch.empty(1 << 18, dtype=torch.uint8, device=device) for _ in range(64)]
@@ -146,8 +153,7 @@ def test_illegal_access_of_a_user_kernel(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     kernel = tmp_path / "wild_kernel.py"
     kernel.write_text(
-        "import triton\nimport triton.language as tl\n\n"
-        "@triton.jit\ndef wild(x):\n    tl.store(x + (1 << 40), 1.0)\n"
+        "import triton\nimport triton.language as tl\n\n@triton.jit\ndef wild(x):\n    tl.store(x + (1 << 40), 1.0)\n"
     )
     culprit = f"sys.path.insert(0, {str(tmp_path)!r}); import wild_kernel; wild_kernel.wild[(1,)](w)"
     said = check_python(ILLEGAL.format(culprit=culprit))

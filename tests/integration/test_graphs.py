@@ -178,7 +178,8 @@ def model():
     pytest.importorskip("transformers", reason="transformers is not installed (requirements/demo.txt)")
     from torch_fl.demo import workload
 
-    return workload.build_model(workload.small_config(hidden_size=96, intermediate_size=256, num_hidden_layers=2)).to("flagos")
+    config = workload.small_config(hidden_size=96, intermediate_size=256, num_hidden_layers=2)
+    return workload.build_model(config).to("flagos")
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -23,6 +23,7 @@ def parse(argv=None):
     parser.add_argument("--prompt", default=PROMPT, help="text to continue")
     parser.add_argument("--tokens", type=int, default=96, help="tokens to generate (default 96)")
     parser.add_argument("--dtype", default="auto", help="data type of --model's weights (default: as stored)")
+    parser.add_argument("--graph", action="store_true", help="greedy generation with a static cache, as one graph")
     parser.add_argument("--device", default="flagos", help="device to run on (default flagos)")
     parser.add_argument("--compare-steps", type=int, default=20, help="training steps repeated on the CPU (default 20)")
     parser.add_argument("--no-compare", action="store_true", help="skip the comparison with the CPU")
@@ -95,7 +96,8 @@ def run(arguments, show):
             screen.training(result["train"], show)
             if not arguments.model:
                 result["checks"]["loss has clearly fallen"] = trained.has_fallen()
-        generated = workload.generate(model, prompt, arguments.tokens, device)
+        greedy = workload.generate_graphed if arguments.graph else workload.generate
+        generated = greedy(model, prompt, arguments.tokens, device)
         torch.manual_seed(0)
         sampled = workload.generate(model, prompt, arguments.tokens, device, temperature=0.7)
     result["generate"] = {

@@ -159,6 +159,20 @@ def generate(model, prompt: list[int], new_tokens: int, device: torch.device, te
     return GenerateResult(tokens, time.perf_counter() - start)
 
 
+def generate_graphed(model, prompt: list[int], new_tokens: int, device: torch.device) -> GenerateResult:
+    """The greedy continuation with torch.flagos.graph_decode: one graph per token where the chip records graphs."""
+    from torch_fl.flagos import graph_decode
+
+    ids = torch.tensor([prompt], dtype=torch.long).to(device)
+    decoder = graph_decode(model, max_length=len(prompt) + new_tokens)
+    decoder.prefill(ids)  # records
+    synchronize(device)
+    start = time.perf_counter()
+    output = decoder.generate(ids, new_tokens)
+    tokens = output[0, ids.shape[1] :].tolist()
+    return GenerateResult(tokens, time.perf_counter() - start)
+
+
 def common_prefix(a: list, b: list) -> int:
     """How many leading items two lists share."""
     count = 0

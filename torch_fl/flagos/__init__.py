@@ -4,7 +4,7 @@ One file per subject; this one gathers the names. Functions that torch.accelerat
 the same registrations in C++ as `torch.accelerator` itself.
 """
 
-from torch_fl.flagos import _lazy, amp, decode, graphs, interop, memory, random, streams
+from torch_fl.flagos import _absent, _lazy, amp, decode, graphs, interop, memory, monitor, random, streams
 from torch_fl.flagos._device import (
     _exchange_device,
     _get_device_index,
@@ -37,7 +37,8 @@ from torch_fl.flagos.decode import *  # noqa: F403
 from torch_fl.flagos.graphs import *  # noqa: F403
 from torch_fl.flagos.interop import *  # noqa: F403
 from torch_fl.flagos.memory import *  # noqa: F403
-from torch_fl.flagos.memory import _dump_snapshot, _snapshot
+from torch_fl.flagos.memory import _dump_snapshot, _record_memory_history, _snapshot
+from torch_fl.flagos.monitor import *  # noqa: F403
 from torch_fl.flagos.random import *  # noqa: F403
 from torch_fl.flagos.random import _get_generator, _get_rng_state_offset, _set_rng_state_offset
 from torch_fl.flagos.streams import *  # noqa: F403
@@ -48,7 +49,8 @@ has_half = True
 def __getattr__(name):
     if name == "_initialized":  # read by torch.utils.checkpoint; a plain attribute would not follow the state
         return _lazy.is_initialized()
-    raise AttributeError(f"module 'torch.flagos' has no attribute {name!r}")
+    why = _absent.reason(name)
+    raise AttributeError(f"module 'torch.flagos' has no attribute {name!r}" + (f": {why}" if why else ""))
 
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "is_bf16_supported",
     "is_initialized",
     "memory",
+    "monitor",
     "random",
     "set_autocast_dtype",
     "set_autocast_enabled",
@@ -86,6 +89,7 @@ __all__ = [
     *graphs.__all__,
     *interop.__all__,
     *memory.__all__,
+    *monitor.__all__,
     *random.__all__,
     *streams.__all__,
 ]

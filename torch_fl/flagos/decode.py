@@ -21,7 +21,9 @@ class GraphedDecoder:
         from transformers import StaticCache
 
         if max_length < 2 or batch < 1:
-            raise ValueError(f"graph_decode: max_length must be at least 2 and batch at least 1, got {max_length}, {batch}")
+            raise ValueError(
+                f"graph_decode: max_length must be at least 2 and batch at least 1, got {max_length} and {batch}"
+            )
         attention = model.config._attn_implementation
         layers = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if attention not in ("sdpa", "eager") or layers != {"full_attention"}:

@@ -15,7 +15,7 @@ from torch_fl.flagos._device import _checked_index
 def _check_chip(name: str) -> None:
     chip = _C._chip()
     if chip != "cuda":
-        raise RuntimeError(f"torch.flagos.{name}: the chip {chip} records no graphs; only cuda does. Run without a graph")
+        raise RuntimeError(f"torch.flagos.{name}: the chip {chip} records no graphs, only cuda does; run without")
 
 
 def _cuda_stream(stream):

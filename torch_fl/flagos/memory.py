@@ -18,16 +18,20 @@ def memory_stats(device=None) -> dict:
     return torch.accelerator.memory.memory_stats(_checked_index(device))
 
 
-def memory_stats_as_nested_dict(device=None) -> dict:
-    """The same statistics, one dictionary per level of the name."""
+def _nested(stats: dict) -> dict:
     nested: dict = {}
-    for name, value in memory_stats(device).items():
+    for name, value in stats.items():
         *path, last = name.split(".")
         level = nested
         for part in path:
             level = level.setdefault(part, {})
         level[last] = value
     return nested
+
+
+def memory_stats_as_nested_dict(device=None) -> dict:
+    """The same statistics, one dictionary per level of the name."""
+    return _nested(memory_stats(device))
 
 
 def memory_allocated(device=None) -> int:
@@ -96,9 +100,20 @@ def set_per_process_memory_fraction(fraction: float, device=None) -> None:
 
 
 def caching_allocator_alloc(size: int, device=None, stream=None) -> int:
-    """Address of `size` bytes from the allocator, for code outside torch. Free it with caching_allocator_delete."""
-    stream_id = 0 if stream is None else getattr(stream, "stream_id", stream)
-    return _C._raw_allocate(size, stream_id, _checked_index(device))
+    """Address of `size` bytes from the allocator, for code outside torch. Free it with caching_allocator_delete.
+
+    The memory belongs to `stream`: a stream, a native handle, or None for the current stream of the device.
+    """
+    index = _checked_index(device)
+    if stream is None:
+        stream_id = _C._current_stream(index)[0]
+    elif isinstance(stream, torch.Stream):
+        stream_id = stream.stream_id
+    elif isinstance(stream, int) and not isinstance(stream, bool):
+        stream_id = _C._external_stream(stream, index)[0] if stream else _C._default_stream(index)[0]
+    else:
+        raise TypeError(f"caching_allocator_alloc: expected a stream, its native handle or None, got {stream!r}")
+    return _C._raw_allocate(size, stream_id, index)
 
 
 def caching_allocator_delete(mem_ptr: int) -> None:
@@ -109,6 +124,16 @@ def caching_allocator_delete(mem_ptr: int) -> None:
 def host_memory_stats() -> dict:
     """Statistics of the allocator of pinned host memory."""
     return _C._host_memory_stats()
+
+
+def host_memory_stats_as_nested_dict() -> dict:
+    """The same statistics, one dictionary per level of the name."""
+    return _nested(host_memory_stats())
+
+
+def get_allocator_backend() -> str:
+    """The name of the allocator: "native" is the caching allocator, torch's own or ours."""
+    return torch.cuda.get_allocator_backend() if _C._chip() == "cuda" else "native"
 
 
 def reset_accumulated_host_memory_stats() -> None:
@@ -122,11 +147,27 @@ def reset_peak_host_memory_stats() -> None:
 
 
 def memory_snapshot(mempool_id=None, include_traces: bool = False) -> list[dict]:
-    """Every segment taken from the chip, with its blocks. There is one pool, (0, 0), and no traces are recorded."""
+    """Every segment taken from the chip, with its blocks. Chips other than cuda have one pool, (0, 0)."""
+    if _C._chip() == "cuda":
+        return torch.cuda.memory_snapshot(mempool_id, include_traces)
     return _C._memory_snapshot() if mempool_id in (None, (0, 0)) else []
 
 
+def _record_memory_history(enabled="all", *arguments, **keywords) -> None:
+    """Starts (or with enabled=None stops) recording where memory is allocated, for torch's memory viewer."""
+    if _C._chip() == "cuda":
+        torch.cuda.memory._record_memory_history(enabled, *arguments, **keywords)
+    elif enabled is not None:
+        raise NotImplementedError(
+            f"torch.flagos.memory._record_memory_history: the allocator of the chip {_C._chip()} records no history; "
+            "_dump_snapshot() writes the segments without it"
+        )
+
+
 def _snapshot(device=None, augment_with_fx_traces: bool = False) -> dict:
+    if _C._chip() == "cuda":
+        index = None if device is None else _checked_index(device)
+        return torch.cuda.memory._snapshot(index, **({"augment_with_fx_traces": True} if augment_with_fx_traces else {}))
     segments = memory_snapshot()
     if device is not None:
         index = _checked_index(device)
@@ -175,8 +216,10 @@ __all__ = [
     "caching_allocator_delete",
     "device_memory_used",
     "empty_cache",
+    "get_allocator_backend",
     "get_per_process_memory_fraction",
     "host_memory_stats",
+    "host_memory_stats_as_nested_dict",
     "max_memory_allocated",
     "max_memory_reserved",
     "mem_get_info",

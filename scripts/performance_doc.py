@@ -1,0 +1,152 @@
+"""Fills the tables of docs/performance.md from benchmarks/results/*.json. `--check` only says whether it is up to date.
+
+The document holds pairs of markers, <!-- table NAME --> and <!-- end -->; what stands between them is made here, the
+rest is written by hand. A result file that is missing leaves the sentence that says how to make it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = "docs/performance.md"
+RESULTS = "benchmarks/results"
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rows(header, lines) -> list[str]:
+    """A Markdown table."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines),
+    ]
+
+
+def place(data) -> str:
+    """Where a result was made, as a line."""
+    where = data.get("where") or data.get("versions") or {}
+    said = [where.get("gpu") or where.get("cpu"), f"torch {where.get('torch')}"]
+    said += [f"chip {where['chip']}"] if "chip" in where else []
+    said += [f"transformers {where['transformers']}"] if "transformers" in where else []
+    return "Made on: " + ", ".join(str(part) for part in said if part) + "."
+
+
+def dispatch(data) -> list[str]:
+    first, second = data["pair"]
+    lines, worst = [], []
+    for mode, part in data["modes"].items():
+        summary, operators = part["summary"], part["operators"]
+        bad = operators[summary["worst"]]["pairs"]
+        lines.append((mode, summary["operators"], summary["median_pairs"], f"{summary['worst']}: {bad}"))
+        worst += [
+            (mode, name, row["first_ns"], row["second_ns"], row["pairs"])
+            for name, row in sorted(operators.items(), key=lambda item: -item[1].get("pairs", 0))[:6]
+            if "error" not in row
+        ]
+    return [
+        *rows(("mode", "operators", f"median {second} / {first}", "worst"), lines),
+        "",
+        *rows(("mode", "slowest against stock", f"{first}, ns", f"{second}, ns", "ratio"), worst),
+    ]
+
+
+def qwen3(data) -> list[str]:
+    names = {
+        "pair": "eager decode, one process, tokens/s",
+        "decode": "eager decode, own processes, tokens/s",
+        "graph": "graph-captured decode, tokens/s",
+        "train": "training, 2 x 256 tokens, steps/s",
+    }
+    lines, notes = [], []
+    for part, result in data["parts"].items():
+        speed = result.get("tokens_per_second") or result.get("steps_per_second")
+        if not speed:
+            lines.append((names[part], "no result", "", "", ""))
+            continue
+        spread = f"{speed['ratio_low']:.3f} to {speed['ratio_high']:.3f}, {speed['pairs']} pairs"
+        lines.append((names[part], f"{speed['first']:.1f}", f"{speed['second']:.1f}", f"{speed['ratio']:.3f}", spread))
+        for name in ("tokens_equal", "losses_bit_equal"):
+            if name in result:
+                notes.append(f"{part}: {name.replace('_', ' ')}: {'yes' if result[name] else 'NO'}")
+        if "share_of_roofline" in result:
+            share, top = 100 * result["share_of_roofline"], result["roofline_tokens_per_second"]
+            notes.append(f"{part}: {share:.0f} % of the memory roofline ({top:.0f} tokens/s at the measured bandwidth)")
+        for name in ("peak_allocated", "peak_reserved"):
+            if name in result:
+                notes.append(f"{part}: {name.replace('_', ' ')}, flagos / stock: {result[name]['ratio']:.4f}")
+    header = ("", *data["pair"], "ratio", "spread")
+    return [*rows(header, lines), "", *(f"* {note}" for note in notes)]
+
+
+def threads(data) -> list[str]:
+    lines = []
+    for part, devices in data["parts"].items():
+        for device, result in devices.items():
+            count = next((result[k] for k in ("calls", "backward", "tensors") if k in result), 0)
+            problems = len(result.get("errors", [])) + ("error" in result)
+            lines.append((part, device, count, f"{result.get('per_second', 0):.0f}", problems))
+    return rows(("part", "device", "count", "per second", "errors"), lines)
+
+
+def memory(data) -> list[str]:
+    lines = []
+    for part, result in data["parts"].items():
+        for name, value in result.get("ratio", {}).items():
+            lines.append((part, f"{name} bytes" if part == "allocate" else name.replace("_", " "), value))
+    return rows(("part", "measure", f"{data['pair'][1]} / {data['pair'][0]}"), lines)
+
+
+def import_time(data) -> list[str]:
+    names = {"torch": "import torch", "torch_fl": "import torch_fl after it", "first_use": "first tensor"}
+    lines = [(text, *(f"{data[name][k]:.3f}" for k in ("median", "low", "high"))) for name, text in names.items()]
+    return rows(("", "median, s", "low", "high"), lines)
+
+
+TABLES = {
+    "dispatch": (dispatch, "python benchmarks/dispatch.py --pair cuda,flagos --json benchmarks/results/dispatch.json"),
+    "qwen3": (qwen3, "python benchmarks/qwen3.py --out benchmarks/results"),
+    "threads": (threads, "python benchmarks/threads.py --out benchmarks/results"),
+    "memory": (memory, "python benchmarks/memory.py --out benchmarks/results"),
+    "import_time": (import_time, "python benchmarks/import_time.py --out benchmarks/results"),
+}
+
+
+def render(text: str, results: Path) -> str:
+    """The document with every table made anew."""
+
+    def fill(match):
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"{DOCUMENT}: no table is called {name}; there are {', '.join(TABLES)}")
+        make, command = TABLES[name]
+        path = results / f"{name}.json"
+        if path.exists():
+            data = json.loads(path.read_text(encoding="utf-8"))
+            lines = [place(data), "", *make(data)]
+        else:
+            lines = [f"No result yet: `{command}` makes it."]
+        return match[1] + "\n".join(lines) + "\n" + match[3]
+
+    return BLOCK.sub(fill, text)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 when the document is not up to date")
+    options = parser.parse_args(argv)
+    document = ROOT / DOCUMENT
+    text = document.read_text(encoding="utf-8")
+    made = render(text, ROOT / RESULTS)
+    if options.check:
+        if made != text:
+            print(f"{DOCUMENT} is not up to date: run python scripts/performance_doc.py", file=sys.stderr)
+        return int(made != text)
+    document.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
