@@ -167,7 +167,8 @@ def _record_memory_history(enabled="all", *arguments, **keywords) -> None:
 def _snapshot(device=None, augment_with_fx_traces: bool = False) -> dict:
     if _C._chip() == "cuda":
         index = None if device is None else _checked_index(device)
-        return torch.cuda.memory._snapshot(index, **({"augment_with_fx_traces": True} if augment_with_fx_traces else {}))
+        keywords = {"augment_with_fx_traces": True} if augment_with_fx_traces else {}  # older torch has no such name
+        return torch.cuda.memory._snapshot(index, **keywords)
     segments = memory_snapshot()
     if device is not None:
         index = _checked_index(device)
