@@ -65,7 +65,7 @@ stage() { # name command...
 }
 
 # What a benchmark may take: a little less than its stage, so that it ends by itself.
-inner=$((limit - 30))
+inner=$((limit - limit / 12))
 for name in "${stages[@]}"; do
   case $name in
   smoke)
@@ -92,8 +92,8 @@ for name in "${stages[@]}"; do
     stage memory "$python" benchmarks/memory.py --pair "$pair" --out "$out" --limit $inner
     ;;
   opdb)
-    stage opdb "$python" tests/integration/ops/sweep.py --device flagos --jobs "$(nproc)" --samples 3 --quiet \
-      --json "$out/opdb.json" ${OPDB_ARGUMENTS:-}
+    stage opdb "$python" tests/integration/ops/against_stock.py --stock "$stock" --limit $inner \
+      --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-}
     ;;
   hal)
     stage hal "$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120

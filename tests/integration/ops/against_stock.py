@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""op_db on flagos against the stock device whose kernels it uses: the same bits, and nothing that stock can do missing.
+
+    python tests/integration/ops/against_stock.py --json benchmarks/results/opdb_cuda.json        # cuda, on a GPU
+    python tests/integration/ops/against_stock.py --stock cpu --dtypes float32 --ops '^linalg'    # on the host chip
+
+Each device computes in processes of its own and gives digests: stock CUDA autograd beside flagos in one process can
+fail inside torch. Stock runs every case twice, so that operators whose own results vary are known; those are compared
+by sums. Only cases that stock passes count. Exit code 0 when every one of them passes on flagos and no operator reached
+the copying CPU fallback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+from tests.common import opdb, workers  # noqa: E402
+from tests.common.compare import first_lines, to_host  # noqa: E402
+from tests.common.devices import fallback_counts, load_device, versions  # noqa: E402
+from tests.common.samples import copy_tree, tensors_in, tree_map  # noqa: E402
+
+MODES = ("forward", "backward", "out", "inplace")
+
+
+# ---- one device's side ---------------------------------------------------------------------------------------------
+
+
+def dtypes_of(op, stock: str, wanted: str) -> list[torch.dtype]:
+    supported = op.supported_dtypes(stock)
+    if wanted != "all":
+        supported = {d for d in supported if str(d).split(".")[1] in wanted.split(",")}
+    return sorted(supported, key=str)
+
+
+def run_mode(op, sample, mode: str, device: str):
+    """The tensors that a case leaves; NotCounted when the sample has no such case."""
+    nest = copy_tree(sample.nest(), device, mode == "backward")
+    for position in opdb.CPU_ARGUMENTS.get(opdb.op_name(op), ()):
+        args = list(nest[1])
+        args[position] = copy_tree(sample.args[position], "cpu")
+        nest = (nest[0], tuple(args), nest[2])
+    if device != "cpu" and not tensors_in(nest) and "device" not in sample.kwargs:
+        raise opdb.NotCounted("nothing in this sample names a device")
+    torch.manual_seed(sample.seed)
+    if mode == "inplace":
+        if sample.broadcasts or not isinstance(nest[0], torch.Tensor):
+            raise opdb.NotCounted("no in-place case")
+        return [op.inplace_variant(nest[0], *nest[1], **nest[2])]
+    output = op(nest[0], *nest[1], **nest[2])
+    if mode == "forward":
+        return tensors_in(output)
+    if mode == "out":
+        if not isinstance(output, (torch.Tensor, tuple, list)):
+            raise opdb.NotCounted("no tensor result")
+        out = tree_map(lambda t: opdb.make_out(t, "same", device), output)
+        torch.manual_seed(sample.seed)
+        op(nest[0], *nest[1], **nest[2], out=out)
+        return tensors_in(out)
+    if sample.process is not None:
+        output = sample.process(output)
+    outputs = [t for t in tensors_in(output) if t.requires_grad]
+    leaves = [t for t in tensors_in(nest) if t.requires_grad]
+    if not outputs or not leaves:
+        raise opdb.NotCounted("no gradient")
+    generator = torch.Generator().manual_seed(sample.seed)
+    seeds = [opdb.gradient_for(t, generator, device) for t in outputs]
+    return [g for g in torch.autograd.grad(outputs, leaves, seeds, allow_unused=True) if g is not None]
+
+
+def digest(tensors, values: bool) -> tuple[str, list[float]]:
+    """(hash of dtypes, sizes, strides and bytes; sums for a comparison of results that vary)."""
+    total, sums = hashlib.sha1(usedforsecurity=False), []
+    for tensor in tensors:
+        total.update(repr((tensor.dtype, tuple(tensor.shape), tensor.layout)).encode())
+        if tensor.layout is torch.strided and not tensor.is_nested:
+            total.update(repr(tensor.stride()).encode())
+        if not values:
+            continue
+        host = to_host(tensor.detach())
+        parts = [host]
+        if host.layout is torch.sparse_coo:
+            host = host.coalesce()
+            parts = [host.indices(), host.values()]
+        elif host.layout is not torch.strided or host.is_nested:
+            parts = [host.values()]
+        for part in parts:
+            part = part.int_repr() if part.is_quantized else part.resolve_conj().resolve_neg()
+            # clone: contiguous() leaves a stride other than 1 on a dimension of size 1, which view(dtype) refuses
+            part = part.clone(memory_format=torch.contiguous_format)
+            total.update(part.reshape(-1).view(torch.uint8).numpy().tobytes())
+            if part.is_floating_point() or part.is_complex():
+                wide = part.abs().to(torch.float64)
+                sums.append(float(torch.nan_to_num(wide, posinf=0).sum()))
+    return total.hexdigest(), sums
+
+
+def work(options) -> None:
+    """A worker process: cases of (operator, dtype) tasks to ["ok", digest, sums, steady] or ["error", text]."""
+    channel = workers.Channel()
+    torch.set_num_threads(1)
+    load_device(options.device)
+    stock = options.device == options.stock
+    ops = opdb.ops_by_name()
+    warnings.simplefilter("ignore")
+    for task in channel.tasks():
+        op, dtype = ops[task["op"]], getattr(torch, task["dtype"])
+        values = opdb.op_name(op).split(".")[0] not in opdb.UNINITIALIZED
+        before, cases = fallback_counts(), {}
+        channel.at("samples", "")
+        modes = [m for m in task["modes"] if mode_exists(op, dtype, m, options.stock)]
+        try:
+            samples = opdb.make_samples(op, dtype, options.samples, "backward" in modes, options.variants)
+        except Exception:
+            samples, modes = [], []
+        for mode in modes:
+            for sample in samples:
+                name = f"{mode} {sample.label}"
+                if name in task["skip"]:
+                    continue
+                channel.at(mode, sample.label)
+                try:
+                    found, sums = digest(run_mode(op, sample, mode, options.device), values)
+                    steady = not stock or digest(run_mode(op, sample, mode, options.device), values)[0] == found
+                    cases[name] = ["ok", found, sums, steady]
+                except opdb.NotCounted:
+                    continue
+                except torch.AcceleratorError as error:  # the device is lost to this process
+                    print(first_lines(error), file=sys.stderr, flush=True)
+                    os._exit(3)
+                except Exception as error:
+                    cases[name] = ["error", first_lines(error, 200)]
+        after = fallback_counts()
+        reached = {name: n - before.get(name, 0) for name, n in after.items() if n > before.get(name, 0)}
+        channel.done({"cases": cases, "fallbacks": reached})
+
+
+def mode_exists(op, dtype, mode: str, stock: str) -> bool:
+    if mode == "backward":
+        return op.supports_autograd and dtype in op.supported_backward_dtypes(stock)
+    return {"forward": True, "out": op.supports_out, "inplace": op.inplace_variant is not None}[mode]
+
+
+# ---- both sides ----------------------------------------------------------------------------------------------------
+
+
+def sweep(options, device: str, tasks) -> tuple[dict, dict]:
+    """({(op, dtype): cases}, fallbacks) of a device."""
+    results: dict = {}
+    fallbacks: dict = {}
+    end = time.monotonic() + options.limit / 2
+    command = [sys.executable, __file__, "--worker", "--device", device, "--stock", options.stock]
+    command += ["--samples", str(options.samples)] + ["--variants"] * options.variants
+    environment = dict(os.environ)
+    if device == options.stock:
+        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+    def key(task):
+        return f"{task['op']} {task['dtype']}"
+
+    def done(task, answer):
+        results.setdefault(key(task), {}).update(answer["cases"])
+        for name, count in answer["fallbacks"].items():
+            fallbacks[name] = fallbacks.get(name, 0) + count
+        if time.monotonic() > end:
+            raise TimeoutError
+
+    def crashed(crash):
+        mode, label = crash.at or ("samples", "")
+        name = f"{mode} {label}"
+        results.setdefault(key(crash.task), {})[name] = [
+            "error",
+            f"crash: {crash.how}: {' | '.join(crash.tail)[-150:]}",
+        ]
+        if mode == "samples" or len(crash.task["skip"]) > 20:
+            return None
+        return {**crash.task, "skip": [*crash.task["skip"], name]}
+
+    try:
+        workers.run_tasks(command, tasks, done, crashed, options.jobs, 120.0, environment)
+    except TimeoutError:
+        print(f"{device}: stopped at the time limit after {len(results)} of {len(tasks)} pairs", flush=True)
+    return results, fallbacks
+
+
+def close(a: list[float], b: list[float]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=2e-2, abs_tol=1e-2) for x, y in zip(a, b, strict=True))
+
+
+def judge(stock: dict, ours: dict) -> dict:
+    """Per mode: cases that stock passes, how many pass here, how many of the steady ones are bit-equal; failures."""
+    modes, failures = {}, []
+    for pair in sorted(set(stock) & set(ours)):
+        for name, case in stock[pair].items():
+            mode = name.split(" ")[0]
+            if mode == "samples":
+                continue
+            row = modes.setdefault(mode, {"stock_fails": 0, "cases": 0, "passed": 0, "steady": 0, "bit_equal": 0})
+            if case[0] != "ok":
+                row["stock_fails"] += 1
+                continue
+            row["cases"] += 1
+            here = ours[pair].get(name, ["error", "no such case on flagos"])
+            steady, same = case[3], here[0] == "ok" and here[1] == case[1]
+            row["steady"] += steady
+            row["bit_equal"] += steady and same
+            passed = same or (here[0] == "ok" and not steady and close(case[2], here[2]))
+            row["passed"] += passed
+            if not passed:
+                said = here[1] if here[0] != "ok" else "other bits" if steady else f"sums {here[2]}, stock's {case[2]}"
+                failures.append({"pair": pair, "case": name, "message": said[:300]})
+    for row in modes.values():
+        row["percent"] = round(100 * row["passed"] / row["cases"], 4) if row["cases"] else None
+    return {"modes": modes, "failures": failures}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stock", default="cuda")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--dtypes", default="all", help="all | float32,int64,...")
+    parser.add_argument("--samples", type=int, default=4, help="samples per operator and dtype")
+    parser.add_argument("--variants", action="store_true", help="also the awkward layouts")
+    parser.add_argument("--ops", default="", help="regular expression on OpInfo's full name")
+    parser.add_argument("--fraction", type=float, default=1.0, help="a fixed part of the (operator, dtype) pairs")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
+    parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--device", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.worker:
+        work(options)
+        return 0
+    tasks = []
+    for name, op in opdb.ops_by_name().items():
+        if not re.search(options.ops, name):
+            continue
+        for dtype in dtypes_of(op, options.stock, options.dtypes):
+            text = str(dtype).split(".")[1]
+            if zlib.crc32(f"{name} {text}".encode()) / 2**32 < options.fraction:
+                tasks.append({"op": name, "dtype": text, "modes": options.modes.split(","), "skip": []})
+    # In an order that has nothing to do with names: what a time limit cuts off is then a fair sample.
+    tasks.sort(key=lambda task: zlib.crc32(f"{task['op']}{task['dtype']}".encode()))
+    start = time.monotonic()
+    stock, _ = sweep(options, options.stock, tasks)
+    ours, fallbacks = sweep(options, "flagos", [t for t in tasks if f"{t['op']} {t['dtype']}" in stock])
+    result = judge(stock, ours)
+    seconds = time.monotonic() - start
+    print(
+        f"op_db on flagos against stock {options.stock}: {len(set(stock) & set(ours))} of {len(tasks)} (operator, dtype)"
+    )
+    print(f"{'mode':10}{'cases':>9}{'passed':>9}{'%':>9}{'steady':>9}{'bit-equal':>11}{'stock fails':>13}")
+    for mode, row in result["modes"].items():
+        print(
+            f"{mode:10}{row['cases']:9}{row['passed']:9}{row['percent'] or 0:9.3f}{row['steady']:9}"
+            f"{row['bit_equal']:11}{row['stock_fails']:13}"
+        )
+    print(f"failures {len(result['failures'])}, operators on the CPU fallback {len(fallbacks)}, {seconds:.0f} s")
+    for failure in result["failures"][:40]:
+        print(f"FAIL {failure['pair']} {failure['case']}: {failure['message'][:160]}")
+    if fallbacks:
+        print(f"on the CPU: {fallbacks}")
+    if options.json:
+        load_device("flagos")
+        shown = {k: v for k, v in vars(options).items() if k not in ("json", "worker", "device", "jobs")}
+        data = {"what": "op_db, flagos against stock; see tests/integration/ops/against_stock.py"}
+        data |= {"versions": versions("flagos"), "options": shown, "seconds": round(seconds), "tasks": len(tasks)}
+        data |= {"pairs": both, **result, "cpu_fallbacks": fallbacks}
+        Path(options.json).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 1 if result["failures"] or fallbacks or not result["modes"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
