@@ -261,9 +261,8 @@ def main(argv=None) -> int:
     ours, fallbacks = sweep(options, "flagos", [t for t in tasks if f"{t['op']} {t['dtype']}" in stock])
     result = judge(stock, ours)
     seconds = time.monotonic() - start
-    print(
-        f"op_db on flagos against stock {options.stock}: {len(set(stock) & set(ours))} of {len(tasks)} (operator, dtype)"
-    )
+    both = len(set(stock) & set(ours))
+    print(f"op_db on flagos against stock {options.stock}: {both} of {len(tasks)} (operator, dtype) pairs")
     print(f"{'mode':10}{'cases':>9}{'passed':>9}{'%':>9}{'steady':>9}{'bit-equal':>11}{'stock fails':>13}")
     for mode, row in result["modes"].items():
         print(
