@@ -1,7 +1,8 @@
 // cuda_platform.cc: Platform over PyTorch's own CUDA support (libtorch_fl_cuda.so; nothing else links libtorch_cuda).
 //
-// Device indices and stream ids are CUDA's, one to one; only the device type in the label differs. Memory keeps CUDA's
-// allocator and deleter, so record_stream, pools, graph capture, statistics and expandable segments work unchanged.
+// Device indices and stream ids are CUDA's, one to one; only the device type in the label differs. Memory is CUDA's
+// caching allocator's, with a front for small blocks (cuda_alloc_front.h), so record_stream, pools, graph capture,
+// statistics and expandable segments work unchanged.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/runtime/cuda_alloc_front.h"
 #include "csrc/runtime/fork.h"
 #include "csrc/runtime/platform.h"
 
@@ -37,6 +39,8 @@ void initialize() {
   if (C10_LIKELY(done.load(std::memory_order_acquire))) return;
   at::globalContext().lazyInitDevice(c10::kCUDA);
   watch_forks();
+  static const bool installed = (install_alloc_front(), true);  // once, whichever thread comes first
+  (void)installed;
   done.store(true, std::memory_order_release);
 }
 
@@ -120,7 +124,7 @@ class CudaPlatform final : public Platform {
   // ---- memory
   c10::DataPtr allocate(size_t nbytes) override {
     initialize();
-    return cache::get()->allocate(nbytes);
+    return allocate_through_front(nbytes);
   }
   c10::Allocator* native_allocator() override { return cache::get(); }
   void record_stream(const c10::DataPtr& native, c10::Stream stream) override {

@@ -1,0 +1,390 @@
+// cuda_alloc_front.cc: the logic of the front (rules: cuda_alloc_front.h).
+#include "csrc/runtime/cuda_alloc_front.h"
+
+#include <c10/core/AllocatorConfig.h>
+#include <c10/core/impl/GPUTrace.h>
+
+#include <algorithm>
+#include <limits>
+#include <mutex>
+
+#include "csrc/runtime/fork.h"
+
+namespace flagos {
+namespace {
+
+using Guard = std::lock_guard<SpinLock>;
+using Stats = AllocFront::DeviceStats;
+using c10::CachingAllocator::StatArray;
+using c10::CachingAllocator::StatType;
+
+AllocFront* instance;  // for the deleter, which is given an address and nothing else
+
+// Set while this thread is inside the native allocator's allocate, and therefore perhaps holds its lock.
+thread_local bool in_native = false;
+
+// The front's lock, for a caller that must not wait for it.
+bool lock_soon(SpinLock& lock) {
+  for (int tries = 0; tries < 1000; tries++) {
+    if (lock.try_lock()) return true;
+  }
+  return false;
+}
+
+void delete_block(void* ptr) { instance->release(ptr); }
+
+// The statistics that waiting blocks distort, each with the part of an Amount that it counts.
+enum Part { kCount, kBytes, kRequested };
+struct Kind {
+  StatArray Stats::* stat;
+  Part part;
+};
+constexpr Kind kKinds[] = {{&Stats::allocation, kCount},
+                           {&Stats::active, kCount},
+                           {&Stats::allocated_bytes, kBytes},
+                           {&Stats::active_bytes, kBytes},
+                           {&Stats::requested_bytes, kRequested}};
+constexpr size_t kKindCount = std::size(kKinds);
+// Of the three sums of each statistic, those that small blocks enter.
+constexpr size_t kPools[] = {static_cast<size_t>(StatType::AGGREGATE), static_cast<size_t>(StatType::SMALL_POOL)};
+
+template <class Amount>
+auto& part_of(Amount& amount, Part part) {
+  return part == kCount ? amount.count : part == kBytes ? amount.bytes : amount.requested;
+}
+
+size_t class_of(size_t nbytes) { return (nbytes + AllocFront::kStep - 1) / AllocFront::kStep; }
+
+}  // namespace
+
+AllocFront::NativeScope::NativeScope() : outer(std::exchange(in_native, true)) {}
+AllocFront::NativeScope::~NativeScope() { in_native = outer; }
+
+AllocFront::Block* AllocFront::Table::insert(Block* block) {
+  if (2 * (used_ + 1) > slots_.size()) {
+    std::vector<Block*> old(2 * slots_.size());
+    old.swap(slots_);
+    shift_--;
+    for (Block* b : old) {
+      if (b != nullptr) slots_[index_of(b->ptr)] = b;
+    }
+  }
+  Block*& slot = slots_[index_of(block->ptr)];
+  if (slot == nullptr) used_++;
+  return std::exchange(slot, block);
+}
+
+void AllocFront::Table::erase(const void* ptr) {
+  size_t hole = index_of(ptr);
+  if (slots_[hole] == nullptr) return;
+  used_--;
+  const size_t mask = slots_.size() - 1;
+  slots_[hole] = nullptr;
+  // Every later block of the run that the hole cuts off from its home moves into it.
+  for (size_t i = (hole + 1) & mask; slots_[i] != nullptr; i = (i + 1) & mask) {
+    if (((i - home(slots_[i]->ptr)) & mask) < ((i - hole) & mask)) continue;
+    slots_[hole] = std::exchange(slots_[i], nullptr);
+    hole = i;
+  }
+}
+
+AllocFront::AllocFront(Native& native, c10::DeviceIndex device_count) : native_(native), devices_(device_count) {
+  instance = this;
+}
+
+// Whoever watches single allocations (the memory profiler, a sanitizer of GPU accesses) must see them all.
+bool AllocFront::stepped_aside() const {
+  return aside_.load(std::memory_order_relaxed) != 0 || in_bad_fork() || c10::memoryProfilingEnabled() ||
+         c10::impl::GPUTrace::get_trace() != nullptr;
+}
+
+void AllocFront::step_aside() {
+  aside_.fetch_add(1);
+  flush();  // whoever puts a block back after this has seen the new count under the lock
+}
+
+// Until its first use on a device the front changes nothing there, so that the native peaks hold.
+void AllocFront::start(c10::DeviceIndex index) {
+  Device& device = devices_[index];
+  const Stats stats = native_.stats(index);
+  for (size_t k = 0; k < kKindCount; k++) {
+    for (size_t p = 0; p < 2; p++) device.peak[k][p] = (stats.*kKinds[k].stat)[kPools[p]].peak;
+  }
+  device.used = true;
+  used_.store(true, std::memory_order_relaxed);
+  measure(index);
+}
+
+AllocFront::Lists* AllocFront::lists_of(Device& device, c10::StreamId stream) {
+  auto& all = device.lists;
+  if (C10_LIKELY(!all.empty() && all.front()->stream == stream)) return all.front().get();
+  for (auto& lists : all) {
+    if (lists->stream != stream) continue;
+    all.front()->last_use = ++clock_;
+    std::swap(all.front(), lists);
+    return all.front().get();
+  }
+  return nullptr;
+}
+
+AllocFront::Lists& AllocFront::make_lists(Device& device, c10::StreamId stream) {
+  auto& all = device.lists;
+  if (all.size() < kMostStreams) {
+    all.push_back(std::make_unique<Lists>());
+    all.back()->last_use = 0;
+  } else {
+    // The first is the one in use and carries an old time.
+    auto oldest = std::min_element(all.begin() + 1, all.end(),
+                                   [](const auto& a, const auto& b) { return a->last_use < b->last_use; });
+    flush_lists(device, **oldest);
+    std::swap(*oldest, all.back());
+  }
+  all.back()->stream = stream;
+  return *lists_of(device, stream);
+}
+
+c10::DataPtr AllocFront::allocate(size_t nbytes, c10::DeviceIndex device, c10::StreamId stream) {
+  if (nbytes - 1 >= kLargest) return allocate_native(nbytes);  // zero, too
+  if (C10_UNLIKELY(stepped_aside())) {
+    flush();
+    return allocate_native(nbytes);
+  }
+  const size_t size_class = class_of(nbytes);
+  {
+    const Guard guard(lock_);
+    Device& d = devices_[device];
+    Lists* lists = lists_of(d, stream);
+    if (C10_LIKELY(lists != nullptr && lists->head[size_class] != nullptr)) {
+      Block* block = lists->head[size_class];
+      lists->head[size_class] = block->next;
+      block->requested = nbytes;
+      d.taken.add(block->amount());
+      spend(device, block->amount());
+      return c10::DataPtr(block->ptr, block->ptr, &delete_block, c10::Device(c10::kCUDA, device));
+    }
+    if (!d.used) start(device);
+  }
+  c10::DataPtr data = allocate_native(nbytes);
+  // A setting may make the native allocator round in another way, or not cache at all.
+  using c10::CachingAllocator::AcceleratorAllocatorConfig;
+  if (!data || data.get() != data.get_context() || AcceleratorAllocatorConfig::roundup_power2_divisions(nbytes) > 1) {
+    return data;
+  }
+  auto block = std::make_unique<Block>(Block{data.get(), nullptr, stream, nbytes, nbytes,
+                                             static_cast<uint32_t>(size_class), data.device().index(), false});
+  const Guard guard(lock_);
+  if (Block* lost = blocks_.insert(block.get())) {  // released by the native deleter, without the front's knowledge
+    Amount& returned = devices_[lost->device].returned;
+    returned.requested += static_cast<int64_t>(lost->requested) - static_cast<int64_t>(lost->native_requested);
+    delete lost;
+  }
+  void* ptr = block.release()->ptr;
+  data.release_context();
+  return c10::DataPtr(ptr, ptr, &delete_block, data.device());
+}
+
+c10::DataPtr AllocFront::allocate_native(size_t nbytes) {
+  if (C10_UNLIKELY(in_bad_fork())) return native_.allocate(nbytes);
+  c10::DataPtr data;
+  try {
+    const NativeScope scope;
+    data = native_.allocate(nbytes);
+  } catch (const c10::OutOfMemoryError&) {
+    // try_flush, which the native allocator called before it gave up, may have met a lock that was taken.
+    if (in_native || flush() == 0) throw;
+    const NativeScope scope;
+    data = native_.allocate(nbytes);
+  }
+  if (C10_UNLIKELY(in_native)) return data;  // called by the native allocator itself: its lock may be taken
+  if (data) note(data.device().index(), nbytes);
+  return data;
+}
+
+void AllocFront::note(c10::DeviceIndex device, size_t nbytes) {
+  end_late();
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
+  const Guard guard(lock_);
+  if (!devices_[device].used) return;
+  using c10::CachingAllocator::AcceleratorAllocatorConfig;
+  if (nbytes > kLargest || AcceleratorAllocatorConfig::roundup_power2_divisions(nbytes) > 1) return measure(device);
+  spend(device, {1, static_cast<int64_t>(class_of(nbytes) * kStep), static_cast<int64_t>(nbytes)});
+}
+
+void AllocFront::note_all(c10::DeviceIndex device) {
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
+  const Guard guard(lock_);
+  if (devices_[device].used) measure(device);
+}
+
+c10::DeleterFnPtr AllocFront::deleter() { return &delete_block; }
+
+void AllocFront::release(void* ptr) {
+  if (C10_UNLIKELY(in_bad_fork())) return;  // the parent's memory, and perhaps a lock that nobody will ever release
+  if (C10_LIKELY(!in_native)) {
+    lock_.lock();
+  } else if (!lock_soon(lock_)) {
+    const Guard guard(late_lock_);
+    late_.push_back(ptr);
+    any_late_.store(true, std::memory_order_relaxed);
+    return;
+  }
+  const bool kept = end(ptr);
+  lock_.unlock();
+  if (!kept) native_.free(ptr);
+}
+
+// Under the lock. True when the block waits in a list from now on; false when the front no longer knows it.
+bool AllocFront::end(void* ptr) {
+  Block* block = blocks_.find(ptr);
+  if (block == nullptr) return false;
+  Device& device = devices_[block->device];
+  const Amount amount = block->amount();
+  if (!block->recorded && !stepped_aside() && device.waiting_bytes() + amount.bytes <= kMostWaiting) {
+    Lists* lists = lists_of(device, block->stream);
+    if (C10_UNLIKELY(lists == nullptr)) lists = &make_lists(device, block->stream);
+    block->next = lists->head[block->size_class];
+    lists->head[block->size_class] = block;
+    device.returned.add(amount);
+    device.room.add(amount);
+    return true;
+  }
+  // The native allocator will take off what it was once asked for.
+  device.returned.requested += static_cast<int64_t>(block->requested) - static_cast<int64_t>(block->native_requested);
+  blocks_.erase(ptr);
+  delete block;
+  return false;
+}
+
+void AllocFront::end_late() {
+  if (C10_LIKELY(!any_late_.load(std::memory_order_relaxed))) return;
+  std::vector<void*> late;
+  {
+    const Guard guard(late_lock_);
+    late.swap(late_);
+    any_late_.store(false, std::memory_order_relaxed);
+  }
+  for (void* ptr : late) release(ptr);
+}
+
+void AllocFront::record_stream(void* ptr, c10::StreamId stream) {
+  if (C10_UNLIKELY(in_bad_fork())) return;
+  const Guard guard(lock_);
+  Block* block = blocks_.find(ptr);
+  if (block != nullptr && block->stream != stream) block->recorded = true;
+}
+
+size_t AllocFront::flush_lists(Device& device, Lists& lists) {
+  size_t flushed = 0;
+  for (Block*& head : lists.head) {
+    while (head != nullptr) {
+      Block* block = std::exchange(head, head->next);
+      block->requested = block->native_requested;
+      device.returned.subtract(block->amount());
+      blocks_.erase(block->ptr);
+      native_.free(block->ptr);
+      delete block;
+      flushed++;
+    }
+  }
+  return flushed;
+}
+
+size_t AllocFront::flush_locked(c10::DeviceIndex index) {
+  size_t flushed = 0;
+  for (size_t i = 0; i < devices_.size(); i++) {
+    if (index >= 0 && static_cast<size_t>(index) != i) continue;
+    Device& device = devices_[i];
+    if (device.waiting_bytes() == 0) continue;
+    for (auto& lists : device.lists) flushed += flush_lists(device, *lists);
+  }
+  return flushed;
+}
+
+size_t AllocFront::flush(c10::DeviceIndex device) {
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return 0;
+  end_late();
+  const Guard guard(lock_);
+  return flush_locked(device);
+}
+
+size_t AllocFront::try_flush(c10::DeviceIndex device) {
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return 0;
+  if (!lock_soon(lock_)) return 0;
+  const Guard guard(lock_, std::adopt_lock);
+  return flush_locked(device);
+}
+
+void AllocFront::spend(c10::DeviceIndex index, const Amount& amount) {
+  Device& device = devices_[index];
+  device.room.subtract(amount);
+  if (C10_UNLIKELY(device.room_exceeded())) measure(index);
+}
+
+// Brings the peaks up to date and finds how far they are away.
+void AllocFront::measure(c10::DeviceIndex index) {
+  Device& device = devices_[index];
+  const Stats stats = native_.stats(index);
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  device.room = {kMost, kMost, kMost};
+  for (size_t k = 0; k < kKindCount; k++) {
+    const int64_t waiting = part_of(device.returned, kKinds[k].part) - part_of(device.taken, kKinds[k].part);
+    int64_t& room = part_of(device.room, kKinds[k].part);
+    for (size_t p = 0; p < 2; p++) {
+      const int64_t current = (stats.*kKinds[k].stat)[kPools[p]].current - waiting;
+      int64_t& peak = device.peak[k][p];
+      peak = std::max(peak, current);
+      room = std::min(room, peak - current);
+    }
+  }
+}
+
+AllocFront::DeviceStats AllocFront::stats(c10::DeviceIndex index) {
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return native_.stats(index);
+  const Guard guard(lock_);
+  Stats stats = native_.stats(index);
+  const Device& device = devices_[index];
+  if (!device.used) return stats;
+  for (size_t k = 0; k < kKindCount; k++) {
+    const Part part = kKinds[k].part;
+    const int64_t taken = part_of(device.taken, part), returned = part_of(device.returned, part);
+    for (size_t p = 0; p < 2; p++) {
+      auto& stat = (stats.*kKinds[k].stat)[kPools[p]];
+      stat.current -= returned - taken;
+      stat.peak = device.peak[k][p];
+      stat.allocated += taken - part_of(device.taken_at_reset, part);
+      stat.freed += returned - part_of(device.returned_at_reset, part);
+    }
+  }
+  // Without the front the waiting bytes would be free parts of segments. How many blocks that were cannot be told.
+  for (size_t p : kPools) stats.inactive_split_bytes[p].current += device.waiting_bytes();
+  return stats;
+}
+
+void AllocFront::reset_peak(c10::DeviceIndex index) {
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
+  const Guard guard(lock_);
+  if (!devices_[index].used) return;
+  for (auto& peaks : devices_[index].peak) peaks[0] = peaks[1] = 0;
+  measure(index);
+}
+
+void AllocFront::reset_accumulated(c10::DeviceIndex index) {
+  if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
+  const Guard guard(lock_);
+  devices_[index].taken_at_reset = devices_[index].taken;
+  devices_[index].returned_at_reset = devices_[index].returned;
+}
+
+std::unordered_map<uintptr_t, size_t> AllocFront::requests() {
+  std::unordered_map<uintptr_t, size_t> out;
+  if (in_bad_fork()) return out;
+  const Guard guard(lock_);
+  for (const Block* block : blocks_.slots()) {
+    if (block != nullptr && block->requested != block->native_requested) {
+      out.emplace(reinterpret_cast<uintptr_t>(block->ptr), block->requested);
+    }
+  }
+  return out;
+}
+
+}  // namespace flagos
