@@ -86,6 +86,15 @@ else:
         strict,
     )
 
+
+def __getattr__(name):
+    if name == "debug":  # only who debugs pays for its import
+        import importlib
+
+        return importlib.import_module("torch_fl.debug")
+    raise AttributeError(f"module 'torch_fl' has no attribute {name!r}")
+
+
 __all__ = [
     "chip",
     "count_ops",

@@ -1,0 +1,168 @@
+"""torch_fl.debug: compare_with_cpu finds the wrong operator and writes a reproducer; trace lists what ran."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torch_fl import debug
+
+
+@pytest.fixture
+def wrong():
+    """An operator with a bug on flagos: one element too large, or an argument left unwritten."""
+    lib = torch.library.Library("flagos_debug_test", "DEF")
+    lib.define("plus(Tensor x, Tensor y, *, bool late=False) -> Tensor")
+    lib.define("plus_(Tensor(a!) x, Tensor y) -> Tensor(a!)")
+    lib.define("spread(Tensor x) -> Tensor[]")
+
+    def plus(x, y, late=False):
+        z = x + y
+        z[-1] += 0.5
+        return z
+
+    lib.impl("plus", lambda x, y, late=False: x + y, "CPU")
+    lib.impl("plus_", lambda x, y: x.add_(y), "CPU")
+    lib.impl("spread", lambda x: [x.clone(), x + 1], "CPU")
+    lib.impl("plus", plus, "PrivateUse1")
+    lib.impl("plus_", lambda x, y: x, "PrivateUse1")
+    lib.impl("spread", lambda x: [x.clone(), x + 2], "PrivateUse1")
+    yield torch.ops.flagos_debug_test
+    lib._destroy()
+
+
+def test_training_step_agrees(device):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x, y = torch.randn(2, 1, 8, 8, device=device), torch.tensor([1, 3], device=device)
+    with debug.compare_with_cpu() as compared:
+        loss = torch.nn.functional.cross_entropy(torch.nn.functional.dropout(model(x)), y)
+        loss.backward()
+        optimizer.step()
+    assert compared.compared > 30 and loss.item() > 0
+    assert not compared.skipped, compared.skipped
+
+
+def test_awkward_arguments_agree(device):
+    x = torch.randn(4, 6, dtype=torch.complex64, device=device)
+    with debug.compare_with_cpu() as compared:
+        x.conj().t() @ x.t().conj().t()
+        base = torch.zeros(10, device=device)
+        base[2:6].add_(base[4:8] + 1)
+        torch.arange(5, device=device)
+        torch.cat([base[::2], base[1::2]])
+        torch.empty(3, device=device)
+        torch.rand(3, device=device)
+        torch.nan_to_num(torch.full((2,), float("nan"), device=device) / 0)
+        torch.full((2,), float("inf"), device=device).log()
+        base.sum().item()
+        torch.ones(3, 3, device=device).to_sparse().to_dense()
+        torch.ones(3).to(device).cpu()
+        torch.ones(0, 3, device=device).sum(0)
+        seen = compared.compared
+        q = torch.ones(1, 2, 8, 16, device=device)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert compared.compared > seen + 1
+    assert compared.compared > 20
+
+
+def test_first_difference_stops_and_names_the_operator(wrong, tmp_path, device):
+    x, y = torch.arange(6.0, device=device), torch.ones(6, device=device)
+    with pytest.raises(debug.Difference) as error, debug.compare_with_cpu(folder=tmp_path):
+        z = x * 2
+        wrong.plus(z[1:], y[1:], late=True)
+        raise AssertionError("went on after a wrong result")
+    text = str(error.value)
+    for part in ("flagos_debug_test::plus", "1 of 5 elements", "(4,)", "11.5 instead of 11.0", "float32[5]"):
+        assert part in text, text
+    assert error.value.op == "flagos_debug_test::plus" and str(tmp_path) in text
+    assert debug.reproduce(error.value.reproducer).startswith("flagos_debug_test::plus: result 0: 1 of 5")
+
+
+def test_written_argument_is_compared(wrong, tmp_path, device):
+    x = torch.zeros(3, device=device)
+    with pytest.raises(debug.Difference, match="3 of 3 elements"), debug.compare_with_cpu(folder=tmp_path):
+        wrong.plus_(x, x + 1)
+
+
+def test_second_result_is_compared(wrong, tmp_path, device):
+    with pytest.raises(debug.Difference, match="result 1: "), debug.compare_with_cpu(folder=tmp_path):
+        wrong.spread(torch.zeros(3, device=device))
+
+
+def test_operators_can_be_ignored_and_tolerance_set(wrong, tmp_path, device):
+    x = torch.full((4,), 100.0, device=device)
+    with debug.compare_with_cpu(ignore=["flagos_debug_test::plus"], folder=tmp_path):
+        wrong.plus(x, x)
+    with debug.compare_with_cpu(rtol=0.1, folder=tmp_path):
+        wrong.plus(x, x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_difference_in_backward_is_found(wrong, tmp_path, device):
+    class Plus(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return wrong.plus(g, g)
+
+    x = torch.ones(3, device=device, requires_grad=True)
+    with pytest.raises(debug.Difference, match="flagos_debug_test::plus"), debug.compare_with_cpu(folder=tmp_path):
+        Plus.apply(x).sum().backward()
+
+
+def test_reproducer_on_the_command_line(tmp_path, device):
+    x = torch.randn(3, 4)
+    saved = {"op": "aten::addmm", "args": [torch.ones(4), x.t(), x], "kwargs": {"beta": 2}, "rtol": None}
+    saved["args"] = [torch.ones(4), x.t().contiguous(), torch.randn(3, 4)]
+    torch.save(saved, tmp_path / "case.pt")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch_fl.debug", tmp_path / "case.pt"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "flagos and the CPU give the same result"), done.stderr
+
+
+def test_reproducer_keeps_types_devices_and_layouts(tmp_path, device):
+    """Whatever an operator takes can be saved and read back without unpickling code."""
+    mode = debug.compare_with_cpu(folder=tmp_path)
+    func = torch.ops.aten._to_copy.default
+    keywords = {"dtype": torch.float16, "layout": torch.strided, "device": torch.device("cpu"), "non_blocking": True}
+    keywords["memory_format"] = torch.preserve_format
+    with pytest.raises(debug.Difference) as error:
+        mode._stop("_to_copy", func, (torch.ones(2),), keywords, "words")
+    assert debug.reproduce(error.value.reproducer) is None
+
+
+def test_trace_lists_operators(device):
+    with debug.trace() as t:
+        x = torch.ones(2, 3, device=device)
+        y = x @ x.t()
+        torch.ones(1) + 1
+    rows = {call.op: call for call in t.calls}
+    assert rows["mm"].arguments == "float32[2, 3], float32[3, 2]" and rows["mm"].result == "float32[2, 2]"
+    assert rows["mm"].backend not in ("-", "not routed") and rows["add.Tensor"].backend == "-"
+    assert "mm(float32[2, 3], float32[3, 2])" in str(t) and y.sum().item() == 12
+    assert {op for op, *_ in t.by_op()} == set(rows)
+
+
+def test_trace_sees_backward_and_can_synchronize(device):
+    x = torch.ones(2, 3, device=device, requires_grad=True)
+    with debug.trace(synchronize=True, limit=3) as t:
+        (x @ x.t()).sum().backward()
+    assert len(t.calls) == 3 and t.calls[-1].number > 3 and all(call.seconds > 0 for call in t.calls)
+
+
+def test_error_carries_the_last_operators(device):
+    with pytest.raises(RuntimeError) as error, debug.trace(last=2):
+        x = torch.ones(2, 3, device=device)
+        x.exp()
+        x @ x
+    (note,) = error.value.__notes__
+    assert "exp(float32[2, 3])" in note and "mm(" in note and "ones" not in note
