@@ -130,12 +130,13 @@ class Setup:
     def install_requirements(self, group):
         path = ROOT / "requirements" / f"{group}.txt"
         key = digest(path.read_text(), self.torch_version)
-        if self.is_done(group, key):
+        step = f"requirements-{group}"  # its own name: "build" is a step too
+        if self.is_done(step, key):
             return
         say(f"installing requirements/{group}.txt")
         # The torch pin keeps a requirement from replacing the torch that the C++ part is built against.
         self.pip(f"pip install -r requirements/{group}.txt", "-r", path, f"torch=={self.torch_version}")
-        self.mark_done(group, key)
+        self.mark_done(step, key)
 
     def install_cuda_headers(self):
         """A CUDA build of torch includes CUDA headers from its own. When there is no toolkit, wheels have them."""
