@@ -205,9 +205,15 @@ void AllocFront::note(c10::DeviceIndex device, size_t nbytes) {
   if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
   const Guard guard(lock_);
   if (!devices_[device].used) return;
+  // A large block may be longer than its request, by less than 2 MiB unless a setting says otherwise.
   using c10::CachingAllocator::AcceleratorAllocatorConfig;
-  if (nbytes > kLargest || AcceleratorAllocatorConfig::roundup_power2_divisions(nbytes) > 1) return measure(device);
-  spend(device, {1, static_cast<int64_t>(class_of(nbytes) * kStep), static_cast<int64_t>(nbytes)});
+  if (AcceleratorAllocatorConfig::roundup_power2_divisions(nbytes) > 1 ||
+      nbytes >= AcceleratorAllocatorConfig::max_split_size()) {
+    return measure(device);
+  }
+  const bool small = nbytes <= kLargest;
+  const size_t bytes = class_of(nbytes) * kStep + (small ? 0 : 2 * kLargest);
+  spend(device, {1, static_cast<int64_t>(bytes), static_cast<int64_t>(nbytes)}, small);
 }
 
 void AllocFront::note_all(c10::DeviceIndex device) {
@@ -245,7 +251,7 @@ bool AllocFront::end(void* ptr) {
     block->next = lists->head[block->size_class];
     lists->head[block->size_class] = block;
     device.returned.add(amount);
-    device.room.add(amount);
+    for (Amount& room : device.room) room.add(amount);
     return true;
   }
   // The native allocator will take off what it was once asked for.
@@ -314,10 +320,11 @@ size_t AllocFront::try_flush(c10::DeviceIndex device) {
   return flush_locked(device);
 }
 
-void AllocFront::spend(c10::DeviceIndex index, const Amount& amount) {
-  Device& device = devices_[index];
-  device.room.subtract(amount);
-  if (C10_UNLIKELY(device.room_exceeded())) measure(index);
+void AllocFront::spend(c10::DeviceIndex index, const Amount& amount, bool small) {
+  Amount(&room)[2] = devices_[index].room;
+  room[0].subtract(amount);
+  if (small) room[1].subtract(amount);
+  if (C10_UNLIKELY(room[0].negative() || room[1].negative())) measure(index);
 }
 
 // Brings the peaks up to date and finds how far they are away.
@@ -325,14 +332,15 @@ void AllocFront::measure(c10::DeviceIndex index) {
   Device& device = devices_[index];
   const Stats stats = native_.stats(index);
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-  device.room = {kMost, kMost, kMost};
-  for (size_t k = 0; k < kKindCount; k++) {
-    const int64_t waiting = part_of(device.returned, kKinds[k].part) - part_of(device.taken, kKinds[k].part);
-    int64_t& room = part_of(device.room, kKinds[k].part);
-    for (size_t p = 0; p < 2; p++) {
+  for (size_t p = 0; p < 2; p++) {
+    device.room[p] = {kMost, kMost, kMost};
+    for (size_t k = 0; k < kKindCount; k++) {
+      const Part part = kKinds[k].part;
+      const int64_t waiting = part_of(device.returned, part) - part_of(device.taken, part);
       const int64_t current = (stats.*kKinds[k].stat)[kPools[p]].current - waiting;
       int64_t& peak = device.peak[k][p];
       peak = std::max(peak, current);
+      int64_t& room = part_of(device.room[p], part);
       room = std::min(room, peak - current);
     }
   }

@@ -51,7 +51,7 @@ class AllocFront {
   c10::DataPtr allocate(size_t nbytes, c10::DeviceIndex device, c10::StreamId stream);
   // The same for a caller that shall not meet the front: only the peaks take note.
   c10::DataPtr allocate_native(size_t nbytes);
-  // Native memory came into use by another way. A size that the native allocator rounds on its own is measured.
+  // Native memory came into use by another way.
   void note(c10::DeviceIndex device, size_t nbytes);
   void note_all(c10::DeviceIndex device);  // an amount that nobody knows
   static c10::DeleterFnPtr deleter();      // of the blocks that the front handed out
@@ -92,6 +92,7 @@ class AllocFront {
   };
   struct Amount {
     int64_t count = 0, bytes = 0, requested = 0;
+    bool negative() const { return (count | bytes | requested) < 0; }
     void add(const Amount& a) { count += a.count, bytes += a.bytes, requested += a.requested; }
     void subtract(const Amount& a) { count -= a.count, bytes -= a.bytes, requested -= a.requested; }
   };
@@ -111,14 +112,14 @@ class AllocFront {
     std::array<Block*, kLargest / kStep + 1> head{};
   };
   // What the statistics of one device need. taken: handed out from the lists. returned: put there, less what was
-  // flushed. So returned - taken is what waits.
+  // flushed; so returned - taken is what waits. Peaks and room are kept for both sums that small blocks enter: that of
+  // all memory and that of the small pool.
   struct Device {
     bool used = false;
     std::vector<std::unique_ptr<Lists>> lists;  // the one in use comes first
-    Amount taken, returned, taken_at_reset, returned_at_reset, room;
+    Amount taken, returned, taken_at_reset, returned_at_reset, room[2];
     int64_t peak[5][2] = {};
     int64_t waiting_bytes() const { return returned.bytes - taken.bytes; }
-    bool room_exceeded() const { return (room.count | room.bytes | room.requested) < 0; }
   };
   // Blocks by address: open addressing, at most half full.
   class Table {
@@ -147,8 +148,7 @@ class AllocFront {
   void start(c10::DeviceIndex index);
   Lists* lists_of(Device& device, c10::StreamId stream);
   Lists& make_lists(Device& device, c10::StreamId stream);
-  void add(Device& device, Block* block);
-  void spend(c10::DeviceIndex index, const Amount& amount);
+  void spend(c10::DeviceIndex index, const Amount& amount, bool small = true);
   void measure(c10::DeviceIndex index);
   size_t flush_lists(Device& device, Lists& lists);
   size_t flush_locked(c10::DeviceIndex device);

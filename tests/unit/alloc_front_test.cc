@@ -8,20 +8,16 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "csrc/runtime/cuda_alloc_front.h"
+#include "tests/unit/alloc_front_fake.h"
 
 namespace flagos {
 extern bool g_in_bad_fork;
@@ -30,14 +26,8 @@ bool g_in_bad_fork = false;  // platform.cc's; set here by the check that forks
 
 namespace {
 
-using c10::DataPtr;
-using c10::DeviceIndex;
 using c10::StreamId;
-using flagos::AllocFront;
-using Stats = AllocFront::DeviceStats;
-using Kind = std::array<c10::CachingAllocator::Stat, 3> Stats::*;
 
-constexpr size_t kMiB = 1 << 20;
 int failures = 0;
 
 #define EXPECT(condition)                                             \
@@ -47,18 +37,6 @@ int failures = 0;
       std::printf("FAIL %s:%d %s\n", __func__, __LINE__, #condition); \
     }                                                                 \
   } while (0)
-
-void add(Stats& s, size_t n, bool more) {
-  const size_t size = (n + 511) / 512 * 512, pools[] = {0, size_t{n <= kMiB ? 1u : 2u}};
-  const std::pair<Kind, size_t> parts[] = {{&Stats::allocation, 1},
-                                           {&Stats::active, 1},
-                                           {&Stats::allocated_bytes, size},
-                                           {&Stats::active_bytes, size},
-                                           {&Stats::requested_bytes, n}};
-  for (const auto& [kind, amount] : parts) {
-    for (size_t pool : pools) more ? (s.*kind)[pool].increase(amount) : (s.*kind)[pool].decrease(amount);
-  }
-}
 
 std::string difference(const Stats& a, const Stats& b) {
   const std::pair<Kind, const char*> kinds[] = {{&Stats::allocation, "allocation"},
@@ -82,68 +60,6 @@ std::string difference(const Stats& a, const Stats& b) {
     }
   }
   return out;
-}
-
-// Like the native allocator: one recursive lock, a callback under that lock when memory is short, addresses used again.
-struct Fake final : AllocFront::Native {
-  struct Block {
-    size_t nbytes;
-    DeviceIndex device;
-  };
-  std::recursive_mutex mutex;
-  std::map<uintptr_t, Block> live;
-  std::map<size_t, std::vector<uintptr_t>> idle;
-  Stats totals[2];
-  size_t used = 0, capacity = size_t{1} << 40, calls = 0;
-  uintptr_t next = 0x7f0000000000;
-  DeviceIndex current = 0;
-  std::function<void()> when_short = [] {};
-
-  DataPtr allocate(size_t nbytes) override;
-  void free(void* ptr) override {
-    const std::lock_guard<std::recursive_mutex> guard(mutex);
-    const auto found = live.find(reinterpret_cast<uintptr_t>(ptr));
-    if (found == live.end()) std::printf("FAIL freed twice: %p\n", ptr), std::abort();
-    const auto [n, device] = found->second;
-    live.erase(found);
-    add(totals[device], n, false);
-    const size_t size = (n + 511) / 512 * 512;
-    used -= size;
-    idle[size].push_back(reinterpret_cast<uintptr_t>(ptr));
-  }
-  Stats stats(DeviceIndex device) override {
-    const std::lock_guard<std::recursive_mutex> guard(mutex);
-    return totals[device];
-  }
-  size_t living() {
-    const std::lock_guard<std::recursive_mutex> guard(mutex);
-    return live.size();
-  }
-};
-
-Fake* fake;
-
-DataPtr Fake::allocate(size_t nbytes) {
-  const std::lock_guard<std::recursive_mutex> guard(mutex);
-  const DeviceIndex device = current;
-  if (nbytes == 0) return DataPtr(nullptr, c10::Device(c10::kCUDA, device));
-  calls++;
-  const size_t size = (nbytes + 511) / 512 * 512;
-  if (used + size > capacity) when_short();
-  TORCH_CHECK_WITH(OutOfMemoryError, used + size <= capacity, "out of memory");
-  uintptr_t p = next;
-  auto& same = idle[size];
-  if (same.empty()) {
-    next += size;
-  } else {
-    p = same.back();
-    same.pop_back();
-  }
-  used += size;
-  live[p] = {nbytes, device};
-  add(totals[device], nbytes, true);
-  void* ptr = reinterpret_cast<void*>(p);
-  return DataPtr(ptr, ptr, [](void* q) { fake->free(q); }, c10::Device(c10::kCUDA, device));
 }
 
 // A front over a native allocator. Neither is ever destroyed, like the real ones.
