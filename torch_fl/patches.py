@@ -4,8 +4,12 @@ scripts/check_tree.py checks that no other file assigns into torch, and tests/un
 stays short. An entry is (object, attribute, make(original) -> replacement, reason, until).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import torch
+from torch.utils.dlpack import DLDeviceType
 
 
 class Patch(NamedTuple):
@@ -16,7 +20,25 @@ class Patch(NamedTuple):
     until: str
 
 
-TABLE: list[Patch] = []
+def _autocast_passes(keys):
+    """The keys that a new higher-order operator passes on; those that exist already are told one by one."""
+    key = torch._C.DispatchKey.AutocastPrivateUse1
+    for operator in torch._ops._higher_order_ops.values():
+        if key not in operator.py_kernels:
+            operator.fallthrough(key)
+    return keys if key in keys else [*keys, key]
+
+
+TABLE: list[Patch] = [
+    Patch(
+        torch._ops,
+        "_HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",
+        _autocast_passes,
+        "under autocast, torch.cond, while_loop, map and the like find no kernel for AutocastPrivateUse1: the list of "
+        "keys they pass on names CPU, CUDA and XPU only",
+        "torch's list has AutocastPrivateUse1, or a device can name its key",
+    ),
+]
 
 MAXIMUM = 3
 _applied = False
