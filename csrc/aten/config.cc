@@ -40,6 +40,16 @@ std::string checked_backend(std::string_view name, const std::string& where) {
 
 bool known(std::string_view op, const OpNames& ops) { return std::binary_search(ops.begin(), ops.end(), op); }
 
+// Whether `spelt` is `op` with every '.' written "__".
+bool spells(std::string_view spelt, std::string_view op) {
+  for (const char c : op) {
+    const std::string_view expected = c == '.' ? std::string_view("__") : std::string_view(&c, 1);
+    if (spelt.substr(0, expected.size()) != expected) return false;
+    spelt.remove_prefix(expected.size());
+  }
+  return spelt.empty();
+}
+
 size_t edit_distance(std::string_view a, std::string_view b, size_t limit) {
   if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > limit) return limit + 1;
   std::vector<size_t> row(b.size() + 1);
@@ -59,7 +69,7 @@ size_t edit_distance(std::string_view a, std::string_view b, size_t limit) {
 }  // namespace
 
 const std::vector<std::string>& backend_names() {
-  static const std::vector<std::string> names{"flagos", "flagos_python", "cuda", "metax", "ascend",
+  static const std::vector<std::string> names{"flagos", "flagos_python", "cuda",     "metax",          "ascend",
                                               "host",   "cpu",           "flaggems", "flaggems_python"};
   return names;
 }
@@ -72,6 +82,7 @@ std::string canonical_backend(std::string_view name) {
 }
 
 std::string nearest(std::string_view word, const std::vector<std::string>& words) {
+  if (word.empty()) return "";
   const size_t limit = std::max<size_t>(2, std::min<size_t>(word.size(), 64) / 3);
   size_t best = limit + 1;
   const std::string* found = nullptr;
@@ -119,24 +130,16 @@ std::vector<RouteLine> parse_env(const std::map<std::string, std::string>& env, 
   std::vector<RouteLine> lines;
   for (const auto& [name, value] : env) {
     if (name.compare(0, kEnvPrefix.size(), kEnvPrefix) != 0) continue;
-    const auto spelt = name.substr(kEnvPrefix.size());
-    // "__" may also belong to the operator's own name, so the known names are encoded rather than this one decoded.
-    std::string op;
-    for (const auto& candidate : ops) {
-      std::string encoded = candidate;
-      for (size_t at = encoded.find('.'); at != std::string::npos; at = encoded.find('.')) encoded.replace(at, 1, "__");
-      if (encoded == spelt) {
-        op = candidate;
-        break;
-      }
-    }
-    if (op.empty()) {
-      std::string decoded = spelt;
+    const auto spelt = std::string_view(name).substr(kEnvPrefix.size());
+    // "__" may also belong to the operator's own name, so the known names are compared rather than this one decoded.
+    const auto op = std::find_if(ops.begin(), ops.end(), [&](const auto& known) { return spells(spelt, known); });
+    if (op == ops.end()) {
+      std::string decoded(spelt);
       const auto at = decoded.find("__", 1);
       if (at != std::string::npos) decoded.replace(at, 2, ".");
       throw ConfigError(name + ": unknown operator " + quoted(decoded) + hint(decoded, ops));
     }
-    lines.push_back({op, checked_backend(trim(value), name), name});
+    lines.push_back({*op, checked_backend(trim(value), name), name});
   }
   return lines;
 }

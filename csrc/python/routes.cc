@@ -1,6 +1,7 @@
 // routes.cc: the routing table's bindings; torch_fl/routing.py is their face.
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <fstream>
 #include <sstream>
 
@@ -33,7 +34,13 @@ void configure_from(const std::string& path, const Environment& env) {
 
 std::vector<RouteLine> parse_routes(const std::map<std::string, std::string>& routes, const char* origin) {
   std::vector<RouteLine> lines;
+  const auto& known = operator_names();
   for (const auto& [op, backend] : routes) {
+    if (!std::binary_search(known.begin(), known.end(), op)) {  // before it is pasted into a line of a conf
+      const auto near = nearest(op, known);
+      throw ConfigError(std::string(origin) + ": unknown operator '" + op + "'" +
+                        (near.empty() ? "" : "; did you mean '" + near + "'?"));
+    }
     auto parsed = parse_conf(op + " = " + backend, origin, operator_names());
     parsed.front().origin = origin;
     lines.push_back(std::move(parsed.front()));
@@ -62,9 +69,8 @@ void bind_routes(py::module_& m) {
     return rows;
   });
   m.def("_set_route", &set_route_checked, py::arg("op"), py::arg("backend"));
-  m.def("_push_thread_route", [](const std::map<std::string, std::string>& routes) {
-    push_thread_routes(parse_routes(routes, "route"));
-  });
+  m.def("_push_thread_route",
+        [](const std::map<std::string, std::string>& routes) { push_thread_routes(parse_routes(routes, "route")); });
   m.def("_pop_thread_route", &pop_thread_routes);
   m.def("_registered_ops", [] {
     std::vector<std::string> names;
