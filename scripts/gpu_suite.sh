@@ -72,9 +72,11 @@ for name in "${stages[@]}"; do
     stage smoke bash -c "nvidia-smi; '$python' -m torch_fl doctor && '$python' benchmarks/import_time.py --out '$out'"
     ;;
   tests)
-    stage tests "$python" -m pytest tests/integration -q -x --maxfail=60 -m "not slow" -p no:cacheprovider \
-      --deselect tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py \
-      --timeout 120 --junitxml "$out/tests.xml"
+    # The sweeps have stages of their own. Workers share the GPU; without pytest-xdist one process does it all.
+    spread=()
+    "$python" -c 'import xdist' 2>/dev/null && spread=(-n 8 --dist loadfile)
+    stage tests "$python" -m pytest tests/integration -q --maxfail=100 -m "not slow" -p no:cacheprovider "${spread[@]}" \
+      --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py --timeout 120
     ;;
   dispatch)
     stage dispatch "$python" benchmarks/dispatch.py --pair "$stock,flagos" --json "$out/dispatch.json"
