@@ -1,12 +1,13 @@
 // boxed.cc: relabelling for any operator through its schema: other libraries' operators, newer torch's, and every layout but
 // the strided one (sparse, compressed sparse, nested, quantized).
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/stack.h>
+#include "csrc/aten/boxed.h"
+
 #include <torch/library.h>
 
 #include <set>
 
 #include "csrc/aten/call.h"
+#include "csrc/aten/interop.h"
 #include "csrc/aten/route.h"
 
 namespace flagos {
@@ -16,7 +17,7 @@ namespace {
 bool mixed_devices_allowed(const std::string& name) {
   static const std::set<std::string> names{"aten::index",         "aten::index_put_",     "aten::index_put",
                                            "aten::_unsafe_index", "aten::_unsafe_index_put", "aten::_index_put_impl_",
-                                           "aten::set_",          "aten::copy_",          "aten::_copy_from"};
+                                           "aten::copy_",         "aten::_copy_from"};
   return names.count(name) > 0;
 }
 
@@ -90,6 +91,10 @@ void relabel_boxed(const c10::OperatorHandle& op, c10::DispatchKey functionality
   TORCH_CHECK_NOT_IMPLEMENTED(native.present && op.hasComputedKernelForDispatchKey(key), "Could not run '",
                               c10::toString(op.operator_name()), "' on flagos (", platform().chip(),
                               "): torch has no kernel for ", key);
+  relabel_call(op, stack, [&] { op.redispatchBoxed(c10::DispatchKeySet(key), stack); });
+}
+
+void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::function_ref<void()> run) {
   const auto& schema = op.schema();
   const auto& arguments = schema.arguments();
   const size_t first = stack->size() - arguments.size();
@@ -111,7 +116,12 @@ void relabel_boxed(const c10::OperatorHandle& op, c10::DispatchKey functionality
     generator = call.map(generator);
     if (generator) value = *generator;
   }
-  op.redispatchBoxed(c10::DispatchKeySet(key), stack);
+  try {
+    run();
+  } catch (c10::AcceleratorError& error) {
+    name_operator(error, op.operator_name().name.c_str());
+    throw;
+  }
   if (writes) call.write_back();
   // torch's own operators bump versions above this kernel; another library's kernel would have done it on the tensor itself.
   if (writes && !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView)) call.bump_versions();

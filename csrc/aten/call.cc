@@ -123,7 +123,10 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
 }
 
 c10::Storage Call::add(const c10::Storage& storage) {
-  if (!storage || storage.device_type() != kFlagos) return storage;
+  if (!storage || storage.device_type() != kFlagos) {
+    foreign_storage_ |= static_cast<bool>(storage);
+    return storage;
+  }
   note(storage.device().index());
   auto* twin = twin_of(storage.unsafeGetStorageImpl());
   storages_.emplace_back(twin, storage);
@@ -163,6 +166,8 @@ void Call::refuse(const char* op, bool mixed_allowed) const {
                 " bytes uses a storage of 0 bytes (was it released with untyped_storage().resize_(0)?); resize the "
                 "storage back first");
   }
+  TORCH_CHECK(!foreign_storage_ || !flagos_tensor_, "Attempted to set the storage of a tensor on device ",
+              flagos_device(index_), " to a storage on a different device; copy the data instead.");
   // Native CPU kernels cannot tell the labels apart, so the check that CUDA kernels make is made here.
   if (!native.entry || mixed_allowed || results_native_) return;
   TORCH_CHECK(other_index_ < 0, "Expected all tensors to be on the same device, but found at least two devices, ",
@@ -174,7 +179,7 @@ void Call::refuse(const char* op, bool mixed_allowed) const {
 }
 
 void Call::enter(const char* op, bool mixed_allowed) {
-  if (C10_UNLIKELY(released_ != nullptr || other_index_ >= 0 || (cpu_tensor_ && flagos_tensor_))) {
+  if (C10_UNLIKELY(released_ != nullptr || other_index_ >= 0 || foreign_storage_ || (cpu_tensor_ && flagos_tensor_))) {
     refuse(op, mixed_allowed);
   }
   if (index_ < 0) index_ = platform().current_device();

@@ -85,6 +85,7 @@ class Call {
   c10::DeviceIndex other_index_ = -1;       // a second flagos device among the arguments
   const at::Tensor* released_ = nullptr;    // an argument whose storage was resized to nothing
   bool flagos_tensor_ = false;
+  bool foreign_storage_ = false;  // a storage argument of another device
   bool cpu_tensor_ = false;      // a CPU tensor with dimensions among the arguments
   bool results_native_ = false;  // the caller asked for results on the CPU
   bool entered_ = false;

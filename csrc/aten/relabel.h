@@ -194,21 +194,30 @@ struct Returns<std::tuple<T&...>> {
 
 // ---- the kernel ---------------------------------------------------------------------------------------------------------
 
-// Mixes of CPU and flagos tensors, or of two devices, that are legal: index tensors may live on the CPU, storages may be
-// exchanged.
+// Mixes of CPU and flagos tensors, or of two devices, that are legal: index tensors may live on the CPU.
 template <class Op>
 constexpr bool mixed_devices_allowed() {
   constexpr std::string_view name(Op::name);
   return name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_" ||
          name == "aten::index_put" || name == "aten::_unsafe_index" || name == "aten::_unsafe_index_put" ||
-         name == "aten::set_" || name == "aten::copy_";
+         name == "aten::copy_";
 }
 
-template <class Op, class Schema = typename Op::schema>
+// What runs on the aliases: torch's kernel for the native label.
+template <class Op>
+struct NativeKernel {
+  template <class... X>
+  static decltype(auto) call(X&&... x) {
+    return Op::redispatch(native.dense, std::forward<X>(x)...);
+  }
+};
+
+// `Inner` replaces torch's kernel by another one that works on native tensors (backends/flagos).
+template <class Op, class Inner = NativeKernel<Op>, class Schema = typename Op::schema>
 struct Relabel;
 
-template <class Op, class R, class... A>
-struct Relabel<Op, R(A...)> {
+template <class Op, class Inner, class R, class... A>
+struct Relabel<Op, Inner, R(A...)> {
   // An operator that returns nothing, or its const argument (resize_), writes to arguments whose type does not say so.
   static constexpr bool kWritesConst = std::is_void_v<R> || std::is_same_v<R, const at::Tensor&>;
   static constexpr bool kWrites = kWritesConst || (std::is_same_v<A, at::Tensor&> || ...);
@@ -220,7 +229,7 @@ struct Relabel<Op, R(A...)> {
     call.enter(Op::name, mixed_devices_allowed<Op>());
     auto run = [&](auto&... arg) -> R {
       try {
-        return Op::redispatch(native.dense, arg.get(call)...);
+        return Inner::call(arg.get(call)...);
       } catch (c10::AcceleratorError& error) {
         name_operator(error, Op::name);
         throw;

@@ -11,6 +11,7 @@ Resolution resolve(const std::string& op, const std::optional<RouteLine>& wish,
   bool wished_exists = false;
   std::string why = "no such backend in this process";
   for (const auto& candidate : candidates) {
+    const bool by_default = candidate.usable && !candidate.by_name_only;
     if (candidate.usable) available += (available.empty() ? "" : ", ") + candidate.backend;
     Step step{candidate.backend, false, candidate.why};
     if (wish && candidate.backend == wish->backend) {
@@ -21,12 +22,12 @@ Resolution resolve(const std::string& op, const std::optional<RouteLine>& wish,
         step.reason = "asked for by " + wish->origin;
         result.backend = candidate.backend;
       }
-    } else if (!wish && candidate.usable && result.backend.empty()) {
+    } else if (!wish && by_default && result.backend.empty()) {
       step.chosen = true;
       if (step.reason.empty()) step.reason = "first in the default order that has a kernel";
       result.backend = candidate.backend;
     } else if (candidate.usable && step.reason.empty()) {
-      step.reason = wish ? "not asked for" : "an earlier backend serves it";
+      step.reason = wish ? "not asked for" : by_default ? "an earlier backend serves it" : "only when asked for by name";
     }
     result.steps.push_back(std::move(step));
   }

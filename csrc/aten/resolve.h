@@ -13,6 +13,7 @@ namespace flagos {
 struct Candidate {
   std::string backend;
   bool usable = false;
+  bool by_name_only = false;  // usable when asked for, never by default
   std::string why;  // why not, or a remark
 };
 

@@ -66,10 +66,12 @@ auto change_usual(Change change) {
 std::vector<Candidate> candidates_of(const Slot& slot, std::vector<Kernel>& kernels) {
   std::vector<Candidate> candidates;
   for (const auto& backend : backends()) {
-    Candidate candidate{backend.name, false, ""};
+    Candidate candidate;
+    candidate.backend = backend.name;
     Kernel kernel;
     if (backend.available(candidate.why)) kernel = backend.kernel(slot, candidate.why);
     candidate.usable = static_cast<bool>(kernel);
+    candidate.by_name_only = kernel.by_name_only;
     candidates.push_back(std::move(candidate));
     kernels.push_back(kernel);
   }
@@ -84,16 +86,22 @@ struct BoxedCall final : c10::OperatorKernel {
   BoxedFunction* function;
 };
 
-// The decision for a slot and a wish; an equal earlier one is used again, so that switching back and forth costs no memory.
+bool same(const Resolution& a, const Resolution& b) {
+  const auto equal = [](const Step& x, const Step& y) {
+    return x.backend == y.backend && x.chosen == y.chosen && x.reason == y.reason;
+  };
+  return a.backend == b.backend && a.origin == b.origin && a.error == b.error &&
+         std::equal(a.steps.begin(), a.steps.end(), b.steps.begin(), b.steps.end(), equal);
+}
+
+// The decision for a slot and a wish; an equal earlier one is used again, so that switching back and forth costs no
+// memory.
 const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
   std::vector<Kernel> kernels;
   const auto candidates = candidates_of(slot, kernels);
   auto resolution = resolve(slot.name, wish, candidates);
   for (const auto& known : slot.decisions) {
-    if (known->resolution.backend == resolution.backend && known->resolution.origin == resolution.origin &&
-        known->resolution.error == resolution.error) {
-      return known.get();
-    }
+    if (same(known->resolution, resolution)) return known.get();
   }
   auto decision = std::make_unique<Decision>();
   for (size_t i = 0; i < candidates.size(); ++i) {
@@ -165,6 +173,30 @@ const OpNames& operator_names() {
   return names;
 }
 
+Slot& slot_of(const c10::OperatorHandle& op) {
+  auto& t = table();
+  {
+    std::lock_guard<std::mutex> lock(t.mutex);
+    const auto found = t.slots.find(plain_name(op.operator_name()));
+    if (found != t.slots.end()) return *found->second;
+  }
+  return slot_of_boxed(op);
+}
+
+const Decision& decide_without(Slot& slot, const std::string& backend) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  for (const auto& other : backends()) {
+    std::string why;
+    if (other.name == backend || !other.available(why)) continue;
+    const auto kernel = other.kernel(slot, why);
+    if (!kernel || kernel.by_name_only) continue;
+    return *decide(slot, RouteLine{slot.name, other.name, "called by the " + backend + " kernel of " + slot.name});
+  }
+  TORCH_CHECK(false, "flagos: the ", backend, " kernel of ", slot.name, " calls ", slot.name,
+              " again, and no other backend has a kernel for it");
+}
+
 const Decision& take_slow_path(Slot& slot) {
   const Decision* decision = nullptr;
   for (auto frame = thread_routes.frames.rbegin(); frame != thread_routes.frames.rend() && !decision; ++frame) {
@@ -175,9 +207,9 @@ const Decision& take_slow_path(Slot& slot) {
   TORCH_INTERNAL_ASSERT(decision, "flagos: ", slot.name, " was called before torch_fl finished its import");
   const auto& resolution = decision->resolution;
   TORCH_CHECK_NOT_IMPLEMENTED(resolution.error.empty() || resolution.origin != "default", "Could not run '",
-                              slot.op ? c10::toString(slot.op->operator_name()) : slot.name,
-                              "' on flagos (", platform().chip(), "): ", resolution.error,
-                              "; torch_fl.explain('", slot.name, "') shows what was tried");
+                              slot.op ? c10::toString(slot.op->operator_name()) : slot.name, "' on flagos (",
+                              platform().chip(), "): ", resolution.error, "; torch_fl.explain('", slot.name,
+                              "') shows what was tried");
   TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
   if (counting.load(std::memory_order_relaxed)) decision->calls.fetch_add(1, std::memory_order_relaxed);
   if (logging.load(std::memory_order_relaxed)) {

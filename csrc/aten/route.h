@@ -28,6 +28,7 @@ using BoxedFunction = void(const c10::OperatorHandle&, c10::DispatchKeySet, torc
 struct Kernel {
   void* typed = nullptr;
   BoxedFunction* boxed = nullptr;
+  bool by_name_only = false;  // not by default: nobody has proven it right
   explicit operator bool() const { return typed || boxed; }
 };
 
@@ -96,6 +97,13 @@ bool register_backend(Backend backend);
 
 // Puts a slot into the table; the operator must exist in torch. Slots live for ever.
 void add_slot(Slot& slot, const c10::OperatorHandle& op);
+
+// Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered again
+// by the operator it implements.
+const Decision& decide_without(Slot& slot, const std::string& backend);
+
+// The slot of an operator, made when it has none yet.
+Slot& slot_of(const c10::OperatorHandle& op);
 
 // Replaces all conf and environment wishes at once and resolves every slot; throws ConfigError with nothing applied.
 void configure(const std::vector<RouteLine>& lines);

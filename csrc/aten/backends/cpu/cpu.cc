@@ -1,6 +1,7 @@
 // cpu.cc: the copying CPU fallback: counted, warned about once per operator, forbidden in strict mode (cpu.h).
 #include "csrc/aten/backends/cpu/cpu.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/native/CPUFallback.h>
 
 #include <atomic>
@@ -9,6 +10,7 @@
 
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
+#include "csrc/runtime/generator.h"
 
 namespace flagos {
 
@@ -28,6 +30,17 @@ std::string describe_arguments(const torch::jit::Stack& stack, size_t n) {
   return text;
 }
 
+// A CPU kernel takes a CPU generator. Where the chip's own is none, one is seeded from it.
+void replace_generators(torch::jit::Stack& stack, size_t n) {
+  for (size_t i = stack.size() - n; i < stack.size(); ++i) {
+    if (!stack[i].isGenerator()) continue;
+    const auto generator = stack[i].toGenerator();
+    if (!generator.defined() || generator.device().type() != kFlagos) continue;
+    const auto own = native_of(generator);
+    stack[i] = own.device().is_cpu() ? own : at::detail::createCPUGenerator(own.current_seed());
+  }
+}
+
 void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto name = plain_name(op.operator_name());
   const auto arguments = op.schema().arguments().size();
@@ -44,6 +57,7 @@ void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
                ") runs on the CPU: its tensors are copied there and back on every call. torch_fl.explain(\"", name,
                "\") says why, torch_fl.fallbacks() counts the calls.");
   }
+  replace_generators(*stack, arguments);
   at::native::cpu_fallback(op, stack);
 }
 
