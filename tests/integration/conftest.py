@@ -61,3 +61,12 @@ def clean_slate():
     yield
     if torch_fl.flagos.current_device() != 0:
         torch_fl.flagos.set_device(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def default_routes():
+    """Takes routes back that a file set and left, before the next file of the process runs."""
+    yield
+    for row in torch_fl.routes():
+        if row.origin == "set_route":
+            torch_fl.set_route(row.op, None)

@@ -5,8 +5,6 @@ import inspect
 import pytest
 import torch
 
-from torch_fl.flagos import _absent
-
 # What FSDP, checkpointing, FakeTensor, DataLoader and torch.amp look up on a device module.
 FRAMEWORKS = """_dump_snapshot _exchange_device _get_device_index _initialized _is_in_bad_fork _lazy_init
 _maybe_exchange_device _record_memory_history _snapshot get_amp_supported_dtype is_autocast_enabled""".split()
@@ -23,7 +21,8 @@ def parameters(function):
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in torch.cuda.__all__ if not _absent.reason(name) and inspect.isfunction(getattr(torch.cuda, name))],
+    # Which names exist is the matter of test_device_api.py; newer releases of torch have more than 2.11.
+    [n for n in torch.cuda.__all__ if hasattr(torch.flagos, n) and inspect.isfunction(getattr(torch.cuda, n))],
 )
 def test_parameters_are_called_alike(name):
     """Code that names its arguments runs on both devices."""
