@@ -60,10 +60,10 @@ def current_device() -> int:
 
 
 def set_device(device) -> None:
-    """Makes a device the calling thread's current one. A negative index changes nothing."""
+    """Makes a device the calling thread's current one. -1 changes nothing, as in torch.cuda."""
     index = _get_device_index(device)
-    if index >= 0:
-        torch._C._accelerator_setDeviceIndex(index)
+    if index != -1:
+        torch._C._accelerator_setDeviceIndex(_checked_index(index))
 
 
 def _exchange_device(index: int) -> int:
