@@ -18,8 +18,8 @@ class AliasImpl final : public c10::TensorImpl {
   AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {}
 
   void bind(const c10::TensorImpl* source, c10::StorageImpl* twin) {
-    copy_tensor_metadata(source, this, c10::VariableVersion(version_counter_), /*allow_tensor_metadata_change=*/true);
-    key_set_ = native.relabel(source->key_set());
+    copy_generic_tensor_metadata(source, this);  // not the storage and the version: they would be counted up and down
+    key_set_ = native.relabel(source->key_set()) - c10::python_ks;
     storage_ = c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
     device_opt_ = native.device(source->device().index());
   }
@@ -58,8 +58,13 @@ struct AliasPool {
 };
 
 namespace {
+// A plain pointer needs no check for its initialisation on every use.
+__thread AliasPool* threads_pool = nullptr;
+
 AliasPool& this_threads_pool() {
+  if (C10_LIKELY(threads_pool != nullptr)) return *threads_pool;
   thread_local AliasPool pool;
+  threads_pool = &pool;
   return pool;
 }
 }  // namespace
@@ -248,8 +253,9 @@ at::Tensor Call::result(at::Tensor&& t) {
   }
   // Nobody else has seen this tensor: its storage becomes the twin of a new flagos storage, its label changes in place.
   const auto index = native.type == c10::DeviceType::CPU ? index_ : impl->device().index();
-  c10::intrusive_ptr<c10::StorageImpl> twin =
-      c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(impl->unsafe_storage().unsafeGetStorageImpl());
+  // Taken out rather than copied: the reference count is an atomic.
+  auto twin = c10::intrusive_ptr<c10::StorageImpl>::reclaim(
+      const_cast<c10::Storage&>(impl->unsafe_storage()).unsafeReleaseStorageImpl());
   impl->_change_backend_component_keys(flagos_device(index));
   impl->set_storage_keep_dtype(c10::Storage(flagos_storage(std::move(twin), index)));
   return std::move(t);
