@@ -66,8 +66,12 @@ def _start() -> None:
 try:
     _start()
 except Exception as error:
-    # While torch itself is being imported this is the autoload: see _autoload.
-    if not getattr(torch.__spec__, "_initializing", False):
+    # While torch itself is being imported this is the autoload: see _autoload. The doctor says more than the error.
+    asked_doctor = sys.orig_argv[1:4] == ["-m", "torch_fl", "doctor"]
+    if not getattr(torch.__spec__, "_initializing", False) and not asked_doctor:
+        from torch_fl import doctor
+
+        doctor.explain_failure(error)
         raise
     _failure = error
 else:

@@ -1,6 +1,7 @@
 """Command line: `python -m torch_fl doctor` and `python -m torch_fl routes [OPERATOR ...]`."""
 
 import argparse
+import fnmatch
 import json
 import sys
 
@@ -9,10 +10,17 @@ def show_routes(arguments) -> int:
     import torch_fl
 
     if arguments.operators:
-        for op in arguments.operators:
-            print(torch_fl.explain(op))
+        explained = {op: torch_fl.explain(op) for op in arguments.operators}
+        if arguments.json:
+            print(json.dumps({op: [step._asdict() for step in steps] for op, steps in explained.items()}, indent=1))
+        else:
+            print("\n".join(map(str, explained.values())))
         return 0
-    rows = torch_fl.routes()
+    rows = [
+        row
+        for row in torch_fl.routes()
+        if fnmatch.fnmatchcase(row.op, arguments.filter) and arguments.backend in (None, row.backend)
+    ]
     if arguments.json:
         print(json.dumps([row._asdict() for row in rows], indent=1))
         return 0
@@ -28,15 +36,18 @@ def show_routes(arguments) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_fl", description="PyTorch on the device flagos.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="one screen: what works, what does not, and why")
+    doctor = commands.add_parser("doctor", help="one screen: what works, what does not, and why")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
     routes = commands.add_parser("routes", help="which backend serves which operator")
     routes.add_argument("operators", nargs="*", help="explain these operators instead of listing all")
+    routes.add_argument("--filter", default="*", metavar="PATTERN", help="only operators like 'add*' or '*.out'")
+    routes.add_argument("--backend", help="only operators that this backend serves")
     routes.add_argument("--json", action="store_true", help="as JSON")
     arguments = parser.parse_args()
     if arguments.command == "doctor":
         from torch_fl import doctor
 
-        return doctor.main()
+        return doctor.main(arguments.json)
     return show_routes(arguments)
 
 

@@ -1,44 +1,116 @@
-"""`python -m torch_fl doctor`: one screen that says what works here, what does not, and why.
+"""`python -m torch_fl doctor`: one screen that says what works here, what does not, and why. `--json` for programs.
 
-Each check is a function that returns what it found or raises; a failed one does not stop the others.
+Each check is a function that returns lines, raises when something does not work, or raises Doubt when it works but is
+known to give trouble. A failed check does not stop the others, and what can be said is said even when torch_fl did not
+start. The exit code is 1 when a check failed.
 """
 
+import glob
 import importlib.metadata
+import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import time
 import traceback
+
+SELF_TEST_SECONDS = 5.0
+TESTED_TORCH = ((2, 11), (2, 15))
+FLAGGEMS = "5.0.2"
+
+
+class Doubt(Exception):
+    """Works, but is known to give trouble."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
+def _tool(name: str) -> str:
+    """The first line that a program says of its version."""
+    path = shutil.which(name)
+    if path is None:
+        return f"{name}: not found"
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10)
+    lines = [line for line in said.stdout.splitlines() if line.strip()]
+    version = next((line for line in lines if "release" in line), lines[0] if lines else "no version")
+    return f"{path}: {version.strip()}"
 
 
 def versions():
     import torch
 
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
     built = (torch.version.cuda and f"CUDA {torch.version.cuda}") or "CPU only"
     return (
-        f"torch_fl {version('torch_fl')}, torch {torch.__version__} ({built}), Python {platform.python_version()}, "
-        f"triton {version('triton')}, flag_gems {version('flag_gems')}"
+        f"torch_fl {_version('torch_fl')}, torch {torch.__version__} ({built}), Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}"
     )
 
 
+def known_trouble():
+    """Combinations that are known to be bad or were never tried."""
+    import torch
+
+    found = []
+    low, high = TESTED_TORCH
+    if not low <= _numbers(torch.__version__) <= high:
+        found.append(f"torch {torch.__version__}: tested are {low[0]}.{low[1]} to {high[0]}.{high[1]}")
+    if torch.version.cuda and _numbers(torch.version.cuda) == (12, 2):
+        found.append("CUDA 12.2 gives wrong results (NaN) in some kernels: use 12.8 or newer")
+    elif torch.version.cuda and _numbers(torch.version.cuda) < (12, 8):
+        found.append(f"CUDA {torch.version.cuda} is not tested: use 12.8 or newer")
+    gems = _version("flag_gems")
+    if gems and gems.split("+")[0] != FLAGGEMS:
+        found.append(f"FlagGems {gems}: tested is {FLAGGEMS}")
+    if gems and not _version("triton"):
+        found.append("FlagGems is installed without triton: its Python kernels cannot run")
+    if found:
+        raise Doubt("\n".join(found))
+    return "no known bad combination"
+
+
 def library():
+    from torch_fl import _C
+
+    folder = os.path.dirname(_C.__file__)
+    return [folder, ", ".join(sorted(os.path.basename(path) for path in glob.glob(f"{folder}/*.so")))]
+
+
+def start():
     import torch_fl
 
-    return os.path.dirname(torch_fl._C.__file__)
+    if torch_fl._failure is not None:
+        raise torch_fl._failure
+    return f"the chip in use is {torch_fl.chip()}"
 
 
 def chips():
-    import torch_fl
+    from torch_fl import _C
 
-    lines = [f"in use: {torch_fl.chip()}"]
-    for name in torch_fl._C._chips():
-        lines += [line for line in torch_fl._C._chip_report(name).splitlines() if line.strip()]
+    lines = []
+    for name in _C._chips():
+        lines += [line for line in _C._chip_report(name).splitlines() if line.strip()]
     return lines
+
+
+def nvidia():
+    """Why CUDA does not start, where a GPU is there and another chip is in use."""
+    from torch_fl import _C, _cuda
+
+    known = _cuda.facts()
+    if _C._chip() == "cuda" or not known.gpu:
+        return "in use" if _C._chip() == "cuda" else "no GPU"
+    raise Doubt(_cuda.explain(known) or "a GPU is there, but another chip was chosen")
 
 
 def devices():
@@ -54,15 +126,61 @@ def devices():
     return lines
 
 
+def memory():
+    with open("/proc/meminfo", encoding="ascii") as file:
+        values = dict(line.split(":") for line in file)
+    total, free = (int(values[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    return f"{free:.1f} of {total:.1f} GiB of the host's memory available"
+
+
+def flaggems():
+    import torch_fl
+
+    gems, triton = _version("flag_gems"), _version("triton")
+    if gems is None:
+        return f"not installed (optional); triton {triton or 'not installed'}"
+    return f"flag_gems {gems}, triton {triton}, {'in use' if torch_fl.is_flaggems_enabled() else 'not in use'}"
+
+
+def compiler():
+    return [_tool(name) for name in ("c++", "nvcc", "cmake", "ninja")]
+
+
 def arithmetic():
+    """A few operators on each backend against the CPU, in at most SELF_TEST_SECONDS."""
     import torch
 
-    x = torch.arange(64, dtype=torch.float32).reshape(8, 8)
-    y = x.to("flagos")
-    difference = ((y @ y + 1).cpu() - (x @ x + 1)).abs().max().item()
-    if difference > 1e-3:
-        raise RuntimeError(f"a matrix product differs from the CPU's by {difference}")
-    return "a matrix product equals the CPU's"
+    import torch_fl
+
+    a = torch.linspace(-1, 1, 64).reshape(8, 8)
+    cases = {
+        "mm": lambda x: x @ x,
+        "add.Tensor": lambda x: x + x,
+        "mul.Tensor": lambda x: x * x,
+        "sum.dim_IntList": lambda x: x.sum(1),
+        "_softmax": lambda x: x.softmax(1),
+        "exp": lambda x: x.exp(),
+    }
+    deadline = time.monotonic() + SELF_TEST_SECONDS
+    lines = []
+    for backend in [step.backend for step in torch_fl.explain("mm")]:
+        passed, absent = [], {}
+        for op, call in cases.items():
+            if time.monotonic() > deadline:
+                break
+            try:
+                with torch_fl.route({op: backend}):
+                    difference = (call(a.to("flagos")).cpu() - call(a)).abs().max().item()
+            except RuntimeError as error:
+                if "backend not registered" not in str(error):
+                    raise RuntimeError(f"{backend}: {op}: {error}") from error
+                absent[op] = str(error).splitlines()[0]
+                continue
+            if not difference <= 1e-3:
+                raise RuntimeError(f"{backend}: {op} differs from the CPU by {difference}")
+            passed.append(op)
+        lines.append(f"{backend}: {', '.join(passed)} equal the CPU's" if passed else f"{backend}: has none of these")
+    return lines
 
 
 def autograd():
@@ -94,8 +212,11 @@ def routes():
     totals: dict[str, int] = {}
     for row in torch_fl.routes():
         totals[row.backend] = totals.get(row.backend, 0) + 1
-    listed = ", ".join(f"{name} {count}" for name, count in sorted(totals.items()))
-    return [f"{listed} operators", f"FlagGems: {'in use' if torch_fl.is_flaggems_enabled() else 'not in use'}"]
+    lines = [", ".join(f"{name} {count}" for name, count in sorted(totals.items())) + " operators"]
+    fallbacks = torch_fl.fallbacks()
+    if fallbacks:
+        lines.append("ran on the CPU: " + ", ".join(f"{op} {count}" for op, count in sorted(fallbacks.items())))
+    return lines
 
 
 def environment():
@@ -110,28 +231,66 @@ def environment():
     return found or "no variable of torch_fl is set"
 
 
-CHECKS = (versions, library, chips, devices, arithmetic, autograd, streams, routes, environment)
+FACTS = (versions, known_trouble, library, chips, nvidia, environment)  # true even when torch_fl does not start
+USES = (devices, arithmetic, autograd, streams, routes, flaggems)
+CHECKS = (versions, known_trouble, library, start, chips, nvidia, devices, memory, flaggems, compiler, arithmetic)
+CHECKS += (autograd, streams, routes, environment)
 
 
-def main() -> int:
-    """Runs every check, prints one line or more each; 1 when one failed."""
-    failed = 0
-    for check in CHECKS:
-        try:
-            found = check()
-            mark = "ok  "
-        except Exception as error:
-            failed += 1
-            mark = "FAIL"
-            found = f"{type(error).__name__}: {error}".splitlines()
-            if isinstance(error, (AttributeError, TypeError)):  # ours, not the user's: show where
-                found += traceback.format_exc().splitlines()[-4:-1]
-        lines = [found] if isinstance(found, str) else found
-        for number, line in enumerate(lines):
-            print(f"{mark if number == 0 else '    '} {check.__name__ if number == 0 else '':<12} {line}")
-    print("all checks passed" if not failed else f"{failed} of {len(CHECKS)} checks failed")
+def run(checks=CHECKS) -> list[dict]:
+    """Runs checks; per check its name, its status (ok, doubt, failed, skipped) and lines."""
+    found, started = [], True
+    for check in checks:
+        status = "ok"
+        if not started and check in USES:
+            status, lines = "skipped", ["torch_fl did not start"]
+        else:
+            try:
+                lines = check()
+            except Doubt as doubt:
+                status, lines = "doubt", str(doubt).splitlines()
+            except Exception as error:
+                status = "failed"
+                lines = f"{type(error).__name__}: {error}".splitlines()
+                if isinstance(error, (AttributeError, TypeError)):  # ours, not the user's: show where
+                    lines += traceback.format_exc().splitlines()[-4:-1]
+                started = started and check is not start
+        lines = [lines] if isinstance(lines, str) else list(lines)
+        found.append({"check": check.__name__, "status": status, "lines": lines})
+    return found
+
+
+MARKS = {"ok": "ok  ", "doubt": "WARN", "failed": "FAIL", "skipped": "skip"}
+
+
+def text(found: list[dict]) -> str:
+    rows = []
+    for entry in found:
+        for number, line in enumerate(entry["lines"]):
+            mark, name = (MARKS[entry["status"]], entry["check"]) if number == 0 else ("    ", "")
+            rows.append(f"{mark} {name.replace('_', ' '):<14} {line}")
+    return "\n".join(rows)
+
+
+def explain_failure(error: BaseException) -> None:
+    """Adds to the error of a failed start what the doctor knows without starting; Python prints it below the error."""
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"What `python -m torch_fl doctor` says:\n{text(run(FACTS))}")
+
+
+def main(as_json: bool = False) -> int:
+    """Runs every check and prints what it found; 1 when one failed."""
+    found = run()
+    failed = sum(entry["status"] == "failed" for entry in found)
+    doubts = sum(entry["status"] == "doubt" for entry in found)
+    if as_json:
+        print(json.dumps({"ok": failed == 0, "failed": failed, "doubts": doubts, "checks": found}, indent=1))
+        return 1 if failed else 0
+    print(text(found))
+    warned = f", {doubts} warned" if doubts else ""
+    print(f"all checks passed{warned}" if not failed else f"{failed} of {len(found)} checks failed{warned}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("--json" in sys.argv[1:]))
