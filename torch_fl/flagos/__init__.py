@@ -4,7 +4,7 @@ One file per subject; this one gathers the names. Functions that torch.accelerat
 the same registrations in C++ as `torch.accelerator` itself.
 """
 
-from torch_fl.flagos import _absent, _lazy, amp, decode, graphs, interop, memory, monitor, random, streams
+from torch_fl.flagos import _absent, _lazy, _sharing, amp, decode, graphs, interop, memory, monitor, random, streams
 from torch_fl.flagos._device import (
     _exchange_device,
     _get_device_index,
@@ -44,6 +44,7 @@ from torch_fl.flagos.random import _get_generator, _get_rng_state_offset, _set_r
 from torch_fl.flagos.streams import *  # noqa: F403
 
 has_half = True
+_sharing.register()
 
 
 def __getattr__(name):
