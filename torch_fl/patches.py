@@ -29,7 +29,25 @@ def _autocast_passes(keys):
     return keys if key in keys else [*keys, key]
 
 
+def _dlpack_device(original):
+    @functools.wraps(original)
+    def __dlpack_device__(self):
+        if self.device.type == "flagos":
+            return DLDeviceType.kDLExtDev, self.device.index
+        return original(self)
+
+    return __dlpack_device__
+
+
 TABLE: list[Patch] = [
+    Patch(
+        torch.Tensor,
+        "__dlpack_device__",
+        _dlpack_device,
+        'torch compares the device type with the literal "privateuse1", which a renamed device never equals, so '
+        "torch.from_dlpack(flagos_tensor) raises",
+        "torch asks for the backend's registered name there",
+    ),
     Patch(
         torch._ops,
         "_HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",

@@ -155,7 +155,7 @@ c10::Stream Call::map(c10::Stream stream) {
 
 std::optional<at::Generator> Call::map(const std::optional<at::Generator>& generator) {
   if (generator && generator->defined()) {
-    TORCH_CHECK(index_ >= 0 && !results_native_, "Expected a 'cpu' device type for generator but found '",
+    TORCH_CHECK(flagos_tensor_ && !results_native_, "Expected a 'cpu' device type for generator but found '",
                 generator->device().type(), "'");
     return native_of(*generator);
   }
