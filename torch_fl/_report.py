@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from torch_fl import flagos, routing
+from torch_fl import _C, flagos, routing
 
 
 class Report(dict):
@@ -25,11 +25,23 @@ class Report(dict):
             lines.append("fallbacks " + ", ".join(f"{op} {count}" for op, count in sorted(self["fallbacks"].items())))
         else:
             lines.append("fallbacks none")
+        if self["outside_limits"]:
+            passed = sorted(self["outside_limits"].items())
+            lines.append("outside the limits of flagos_python: " + ", ".join(f"{op} {count}" for op, count in passed))
+        if self["calls"]:
+            total = sum(row["calls"] for row in self["calls"])
+            lines += ["", f"{'operator':<44} {'backend':<14} {'calls':>10}  share"]
+            for row in self["calls"]:
+                share = 100 * row["calls"] / total
+                lines.append(f"{row['op']:<44} {row['backend']:<14} {row['calls']:>10} {share:5.1f}%")
         return "\n".join(lines)
 
 
-def report() -> Report:
-    """Versions, chip, devices with their memory, how many operators each backend has, and CPU fallbacks so far."""
+def report(counts=None) -> Report:
+    """Versions, chip, devices with their memory, how many operators each backend has, and CPU fallbacks so far.
+
+    With what `count_ops()` gave, also the calls per operator and backend.
+    """
     from torch_fl import __version__
 
     by_backend: dict[str, int] = {}
@@ -56,4 +68,8 @@ def report() -> Report:
         devices=devices,
         routes=by_backend,
         fallbacks=routing.fallbacks(),
+        outside_limits=dict(_C._python_kernels_passed_on()),
+        calls=[
+            {"op": op, "backend": backend, "calls": calls} for op, backend, calls in (counts.rows() if counts else [])
+        ],
     )

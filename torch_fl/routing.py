@@ -7,10 +7,11 @@ written '__', as in FLAGOS_OP_mm__out.
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from torch_fl import _C, _env
+from torch_fl import _C, _env, integration
 
 _chip = ""
 
@@ -57,7 +58,14 @@ def configure(chip_name: str) -> None:
     conf = _env.get("FLAGOS_BACKEND_CONFIG") or os.fspath(default_conf(chip_name))
     strict_mode, log = _env.flag("FLAGOS_STRICT"), _env.flag("FLAGOS_LOG_DISPATCH")
     by_operator = {f"FLAGOS_OP_{name}": backend for name, backend in _env.with_prefix("FLAGOS_OP_").items()}
+    integration.install(chip_name)
     _C._configure(conf, by_operator)
+    for op, origin in _C._lines_without_effect():
+        warnings.warn(
+            f"torch_fl: {origin}: {op!r} has no route on the chip {chip_name}: torch composes it of others; "
+            "route those",
+            stacklevel=2,
+        )
     _C._set_strict(strict_mode)
     _C._set_log(log)
     _chip = chip_name

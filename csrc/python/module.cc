@@ -95,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
   bind_interop(m);
   bind_random(m);
   bind_routes(m);
+  bind_python_kernels(m);
   bind_sim(m);
 }
 

@@ -18,6 +18,12 @@ namespace {
 
 using Environment = std::map<std::string, std::string>;
 
+// What the conf file and the environment said, for routes that have to be resolved again.
+std::vector<RouteLine>& applied() {
+  static auto* const lines = new std::vector<RouteLine>;
+  return *lines;
+}
+
 // Reads and checks everything before anything is applied. An empty path means that no conf file is used.
 void configure_from(const std::string& path, const Environment& env) {
   std::vector<RouteLine> lines;
@@ -30,6 +36,30 @@ void configure_from(const std::string& path, const Environment& env) {
   }
   for (auto& line : parse_env(env, operator_names())) lines.push_back(std::move(line));  // later ones win
   configure(lines);
+  applied() = std::move(lines);
+}
+
+// Conf and environment lines for operators that torch composes of others, which therefore have no route here.
+std::vector<std::pair<std::string, std::string>> lines_without_effect() {
+  std::vector<std::pair<std::string, std::string>> rows;
+  const auto table = routes();
+  const auto has_route = [&](const std::string& op) {
+    return std::any_of(table.begin(), table.end(), [&](const auto& row) { return row.op == op; });
+  };
+  for (const auto& line : applied()) {
+    if (has_route(line.op)) continue;
+    const auto dot = line.op.find('.');
+    const auto name =
+        line.op.find("::") == std::string::npos ? "aten::" + line.op.substr(0, dot) : line.op.substr(0, dot);
+    const auto op =
+        c10::Dispatcher::singleton().findOp({name, dot == std::string::npos ? "" : line.op.substr(dot + 1)});
+    using c10::DispatchKey;
+    if (op && (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) ||
+               op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd))) {
+      rows.emplace_back(line.op, line.origin);
+    }
+  }
+  return rows;
 }
 
 std::vector<RouteLine> parse_routes(const std::map<std::string, std::string>& routes, const char* origin) {
@@ -58,6 +88,8 @@ void set_route_checked(const std::string& op, const std::optional<std::string>& 
 
 void bind_routes(py::module_& m) {
   m.def("_configure", &configure_from, py::arg("path"), py::arg("env"));
+  m.def("_reconfigure", [] { configure(applied()); });
+  m.def("_lines_without_effect", &lines_without_effect);
   m.def("_routes", [] {
     std::vector<std::tuple<std::string, std::string, std::string, std::string>> rows;
     for (const auto& r : routes()) rows.emplace_back(r.op, r.backend, r.origin, r.reason);

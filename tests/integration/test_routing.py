@@ -1,7 +1,9 @@
 """Routes: the table, explain, set_route, route(), the environment, the conf file, the dispatch log."""
 
+import json
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +275,125 @@ def test_counts_by_backend(device):
     rows = {(op, backend): calls for op, backend, calls in counts.rows()}
     assert rows[("mm", native())] == 3
     assert sum(counts.by_backend().values()) == sum(rows.values()) >= 4
+
+
+def test_log_names_every_backend_canonically(tmp_path):
+    """One line per call, before the call, exactly this text."""
+    conf = tmp_path / "my.conf"
+    conf.write_text("mm = cpu\nbmm = flaggems\nsilu = flaggems_python\n")
+    code = """
+    import sys, torch, torch_fl
+    x = torch.ones(1, 2, 2, device="flagos")
+    sys.stderr.write("begin\\n"); sys.stderr.flush()
+    torch.mm(x[0], x[0])
+    for call in (lambda: torch.bmm(x, x), lambda: torch.nn.functional.silu(x)):
+        try:
+            call()
+        except RuntimeError as error:
+            print(str(error).split(chr(10))[0])
+    """
+    result = run_python(code, FLAGOS_BACKEND_CONFIG=str(conf), FLAGOS_LOG_DISPATCH="1", FLAGGEMS_DIR=None)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "\n[flagos dispatch] mm -> cpu\n" in result.stderr.split("begin")[1]
+    assert "flaggems" not in result.stderr
+    refused = result.stdout.splitlines()
+    for line, op, backend, number in zip(refused, ("bmm", "silu"), ("flagos", "flagos_python"), (2, 3), strict=True):
+        assert f"backend not registered: {op} -> {backend} (asked for by {conf}:{number}): " in line, line
+        assert f"available for {op}: " in line and "cpu" in line.split("available")[1], line
+
+
+def test_a_line_for_a_composite_operator_warns(tmp_path):
+    """It would otherwise have no effect without a word."""
+    conf = tmp_path / "my.conf"
+    conf.write_text("mm = cpu\nmatmul = cpu\n")
+    result = run_python("import torch_fl", FLAGOS_BACKEND_CONFIG=str(conf))
+    assert result.returncode == 0 and f"{conf}:2: 'matmul' has no route" in result.stderr, result.stderr[-1000:]
+    assert ":1:" not in result.stderr
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in Path(torch_fl.__file__).parent.glob("backends*.conf")))
+def test_shipped_confs_are_valid(name):
+    path = Path(torch_fl.__file__).parent / name
+    assert run_python("import torch_fl", FLAGOS_BACKEND_CONFIG=str(path)).stderr == ""
+
+
+def test_api_names_are_not_parsed_as_lines(mul):
+    before = torch_fl.routes()
+    for op in ("mm = cpu\nmul.Tensor", "mm#", " mm", "mm\x00"):
+        with pytest.raises(ValueError, match="unknown operator"):
+            torch_fl.set_route(op, "cpu")
+    with pytest.raises(ValueError, match=r"unknown operator ''$"):
+        torch_fl.set_route("", "cpu")
+    assert torch_fl.routes() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU:UserWarning")
+def test_routes_flip_while_others_compute(mul, device, request):
+    """Each result is right whatever the route is at that moment, and every thread keeps a route of its own."""
+    calls = (10**6 if request.config.getoption("--full") else 10**4) // 8
+    chosen, stop, failures = [native(), "cpu", None], threading.Event(), []
+
+    def flip():
+        i = 0
+        while not stop.is_set():
+            torch_fl.set_route(mul, chosen[i % 3])
+            i += 1
+        flips.append(i)
+
+    def compute(seed):
+        try:
+            x, y = torch.full((3,), float(seed), device=device), torch.tensor([2.0, 3.0, 4.0], device=device)
+            expected = [seed * 2.0, seed * 3.0, seed * 4.0]
+            for i in range(calls):
+                if i % 16 == 15:
+                    with torch_fl.route({mul: chosen[i % 2]}):
+                        got = x * y
+                else:
+                    got = x * y
+                if i % 8 == 0:
+                    assert got.tolist() == expected, (got, expected)
+        except BaseException as error:
+            failures.append(repr(error))
+
+    flips = []
+    flipper = threading.Thread(target=flip)
+    threads = [threading.Thread(target=compute, args=(seed,)) for seed in range(8)]
+    for thread in (flipper, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    flipper.join()
+    assert not failures, failures[0]
+    assert flips[0] > 10
+
+
+def test_report_counts_and_times(device):
+    x = torch.ones(64, 64, device=device)
+    with torch_fl.count_ops() as counts:
+        torch.mm(x, x)
+    report = torch_fl.report(counts)
+    row = next(row for row in report["calls"] if row["op"] == "mm")
+    assert row["backend"] == native() and row["calls"] == 1
+    assert "mm" in str(report) and native() in str(report)
+
+
+def command(*arguments):
+    argv = ["torch_fl", *arguments]
+    return run_python(f"import runpy, sys; sys.argv = {argv!r}; runpy.run_module('torch_fl', run_name='__main__')")
+
+
+def test_routes_command():
+    table = command("routes", "--filter", "mm*", "--json")
+    rows = {row["op"]: row for row in json.loads(table.stdout)}
+    assert {"mm", "mm.out"} <= set(rows) and all(op.startswith("mm") for op in rows), table.stderr[-500:]
+    assert rows["mm"].keys() == {"op", "backend", "origin", "reason"}
+    assert "mm" in command("routes", "--filter", "mm").stdout
+    assert command("routes", "--backend", native(), "--filter", "mm.out").stdout.count("mm.out") == 1
+    steps = json.loads(command("routes", "mm", "--json").stdout)["mm"]
+    assert sum(step["chosen"] for step in steps) == 1
+    wrong = command("routes", "mmm")
+    assert wrong.returncode == 1 and "did you mean 'mm'" in wrong.stderr
 
 
 def test_report_and_commands():

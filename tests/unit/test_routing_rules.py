@@ -1,4 +1,4 @@
-"""The routing rules without torch: builds routing_test.cc with config.cc and resolve.cc, runs its checks and its fuzzer."""
+"""The routing rules without torch: builds routing_test.cc with config.cc and resolve.cc, runs its checks and fuzzer."""
 
 import subprocess
 from pathlib import Path

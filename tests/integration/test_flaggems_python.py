@@ -1,0 +1,133 @@
+"""The backend flagos_python against a stand-in package flag_gems (tests/common/stub_flag_gems), without a GPU."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import torch_fl
+from tests.common.process import check_python, run_python
+
+ROOT = Path(__file__).resolve().parents[2]
+STUB = ROOT / "tests/common/stub_flag_gems"
+CHECKS = ROOT / "tests/common/flaggems_python_checks.py"
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(STUB), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    "GEMS_VENDOR": "nvidia",
+    "FLAGOS_FLAGGEMS_VERDICTS": str(STUB / "verdicts.json"),
+    "FLAGGEMS_DB_URL": None,
+    "FLAGGEMS_SOURCE_DIR": None,
+    "FLAGGEMS_DIR": None,
+}
+PROGRAM = """
+import torch, torch_fl
+x = torch.ones(2, 2, device="flagos")
+print(torch.mm(x, x).tolist())
+"""
+RAISES = """
+import torch, torch_fl
+x = torch.ones(2, 2, device="flagos")
+for _ in range(2):
+    try:
+        torch.mm(x, x)
+    except RuntimeError as error:
+        print(str(error).split(chr(10))[0])
+"""
+
+
+def environment(**changes):
+    return {**ENVIRONMENT, **changes}
+
+
+@pytest.fixture(scope="module")
+def results():
+    code = f"import runpy; runpy.run_path({str(CHECKS)!r}, run_name='__main__')"
+    return json.loads(check_python(code, timeout=300, **environment()).splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", re.findall(r"^def (check_\w+)", CHECKS.read_text(), re.MULTILINE))
+def test_check(name, results):
+    assert results[name] == ""
+
+
+def test_log_line_and_alias():
+    result = run_python(PROGRAM, **environment(FLAGOS_OP_mm="flaggems_python", FLAGOS_LOG_DISPATCH="1"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "[flagos dispatch] mm -> flagos_python\n" in result.stderr and result.stdout == "[[2.0, 2.0], [2.0, 2.0]]\n"
+
+
+def test_nothing_is_used_without_verdicts():
+    out = check_python(
+        "import sys, torch_fl\nprint(torch_fl.is_flaggems_enabled(), 'flag_gems' in sys.modules)\n"
+        "print(torch_fl.explain('mm'))",
+        **environment(FLAGOS_FLAGGEMS_VERDICTS=None),
+    )
+    assert out.startswith("False False") and "not judged yet for FlagGems 5.0.2" in out
+
+
+def test_environment_for_flaggems():
+    code = PROGRAM + "\nimport os\nprint(os.environ['FLAGGEMS_DB_URL'], os.environ['FLAGGEMS_SOURCE_DIR'])"
+    out = check_python(code, **environment(FLAGOS_OP_mm="flagos_python"))
+    assert "sqlite://" in out and str(STUB / "flag_gems") in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"FLAGOS_DISABLE_FLAGGEMS_PY": "1"}, "FLAGOS_DISABLE_FLAGGEMS_PY=1"),
+        ({"PYTHONPATH": str(ROOT)}, "not installed"),
+        ({"STUB_FLAG_GEMS_FAIL": "no driver found"}, "RuntimeError: no driver found"),
+        ({"GEMS_VENDOR": None}, "no vendor for the chip host"),
+    ],
+)
+def test_absent_and_asked_for_by_name(changes, reason):
+    """An error at every call, with the operator, the backend, why, and what there is."""
+    if torch_fl.chip() != "host" and "GEMS_VENDOR" in changes:
+        pytest.skip("FlagGems knows this chip's vendor")
+    lines = check_python(RAISES, **environment(FLAGOS_OP_mm="flagos_python", **changes)).splitlines()
+    assert len(lines) == 2, lines
+    for line in lines:
+        for word in ("backend not registered", "mm", "flagos_python", "FLAGOS_OP_mm", reason, "cpu"):
+            assert word in line, line
+
+
+def test_absent_and_not_asked_for():
+    """A verified kernel serves by default; when FlagGems cannot be imported, the next one does, without an error."""
+    code = """
+    import torch, torch_fl
+    x = torch.full((2,), 3.0, device="flagos")
+    print([r.backend for r in torch_fl.routes() if r.op == "mul.Tensor"])
+    print((x * x).tolist())
+    print([r.backend for r in torch_fl.routes() if r.op == "mul.Tensor"])
+    print(torch_fl.explain("mul.Tensor"))
+    with torch_fl.route({"mul.Tensor": "flagos_python"}):
+        try:
+            x * x
+        except RuntimeError as error:
+            print("refused", error)
+    """
+    out = check_python(code, **environment(STUB_FLAG_GEMS_FAIL="no driver found")).splitlines()
+    assert out[:2] == ["['flagos_python']", "[9.0, 9.0]"] and "flagos_python" not in out[2], out
+    assert "no driver found" in "\n".join(out[3:]) and any("refused" in line for line in out), out
+
+
+def test_bad_verdict_file(tmp_path):
+    path = tmp_path / "verdicts.json"
+    path.write_text('{"ops": {"mm": {"verdict": "maybe"}}}')
+    result = run_python("import torch_fl", **environment(FLAGOS_FLAGGEMS_VERDICTS=str(path)))
+    assert result.returncode != 0 and f"ValueError: {path}: mm: verdict 'maybe'" in result.stderr, result.stderr[-2000:]
+
+
+def test_the_list_of_operators():
+    """Nearly every name is an operator of torch, and a composed one is never served whole."""
+    from torch_fl import flaggems, integration
+
+    names = flaggems.operators("5.0.2")
+    assert len(names) == len(set(names)) == 433
+    missing = [name for name in names if not integration.exists(name)]
+    assert len(missing) < 12, missing
+    table = integration.table("cuda", "5.0.2")
+    assert {table[op][0] for op in ("rms_norm", "one_hot", "true_divide.Tensor", *missing)} == {"unusable"}
+    assert {table[op][0] for op in ("mm", "silu_backward", "_softmax")} == {"unjudged"}

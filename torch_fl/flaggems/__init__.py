@@ -1,0 +1,50 @@
+"""What is known about FlagGems' Python kernels: which there are, which are right, within which limits. Data, no code.
+
+`ops_VERSION.txt` lists the operators of a version, one per line.
+
+`verdicts_VERSION_CHIP.json` says what a test on that chip found:
+
+    {"flaggems": "5.0.2", "chip": "cuda", "device": "the device it was found on", "torch": "2.11.0",
+     "ops": {"silu":  {"verdict": "right"},
+             "zero_": {"verdict": "right", "limits": {"contiguous": true}, "why": "writes from data_ptr on"},
+             "cat":   {"verdict": "wrong", "why": "one tensor comes back itself", "reproducer": "torch.cat([x])"}}}
+
+A right kernel may serve by default; within its limits, when it has some, and other calls go to the next backend. A
+wrong one, and one without a verdict, serves only when it is asked for by name. Limits: dtypes (names), max_numel,
+contiguous, nonempty, same_shape, same_dtype.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).resolve().parent
+NEWEST = "5.0.2"
+VERDICTS = ("right", "wrong")
+
+
+class Judgement(NamedTuple):
+    verdict: str  # right, wrong, or unjudged
+    why: str
+    limits: dict
+
+
+def operators(version: str | None) -> list[str]:
+    """The operators of a FlagGems version; of the newest known one when this version's list is missing."""
+    path = FOLDER / f"ops_{version}.txt"
+    if not path.exists():
+        path = FOLDER / f"ops_{NEWEST}.txt"
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+def judgements(version: str | None, chip: str, path: str | Path | None = None) -> dict[str, Judgement]:
+    """The verdicts for a version and chip, or those of the file `path`; none when nobody has judged them."""
+    path = Path(path) if path else FOLDER / f"verdicts_{version}_{chip}.json"
+    if not path.exists():
+        return {}
+    found = {}
+    for op, entry in json.loads(path.read_text(encoding="utf-8"))["ops"].items():
+        if entry.get("verdict") not in VERDICTS:
+            raise ValueError(f"{path}: {op}: verdict {entry.get('verdict')!r}; expected one of {', '.join(VERDICTS)}")
+        found[op] = Judgement(entry["verdict"], entry.get("why", ""), entry.get("limits", {}))
+    return found

@@ -1,0 +1,157 @@
+"""FlagGems as two backends: flagos_python (its Python kernels) and flagos (its C++ library). Both are optional.
+
+Nothing of it is imported before the first call of an operator that is routed to flagos_python; `flag_gems.enable()` is
+never called. The functions of FlagGems' registration table get tensors with the native label: what they do inside runs
+on torch's own kernels. A FlagGems that is absent or cannot be imported is a reason in `torch_fl.explain`, not an error,
+unless it was asked for by name.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from torch_fl import _C, _env, flaggems
+
+# FlagGems' name for the maker of each chip.
+VENDORS = {"cuda": "nvidia", "metax": "metax", "ascend": "ascend"}
+
+CPP_VERSION = "5.0.2"  # the one whose C++ signatures csrc/aten/backends/flagos knows
+
+_kernels: dict[str, tuple[str, str, dict]] = {}
+_functions: dict | None = None  # op -> function, once flag_gems is imported
+
+
+def installed_version() -> str | None:
+    """The installed FlagGems' version, without importing it."""
+    for name in ("flag_gems", "flag-gems"):
+        try:
+            return importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def install(chip: str) -> None:
+    """Tells the backends what there is. Called once, before the routes are configured."""
+    spec = importlib.util.find_spec("flag_gems")
+    package = Path(spec.origin).parent if spec and spec.origin else None
+    version = installed_version() if package else None
+    if package:
+        os.environ.setdefault("FLAGGEMS_SOURCE_DIR", os.fspath(package))
+    _install_library(package, version)
+    _install_python(chip, package, version)
+
+
+# ---- flagos: the C++ library ---------------------------------------------------------------------------------------
+
+
+def _install_library(package: Path | None, version: str | None) -> None:
+    name = "liboperators.so"
+    paths = []
+    build = _env.get("FLAGGEMS_DIR")
+    if build:
+        paths += [Path(build, folder, name) for folder in ("lib", "lib64", "")]
+    if package:
+        paths += [package / "lib" / name, package / name, package.parent / "lib" / name]
+    reason = ""
+    if not paths:
+        reason = "FlagGems is not installed, and FLAGGEMS_DIR does not name its build tree"
+    elif version and version != CPP_VERSION:
+        reason = f"FlagGems {version} is installed, and the C++ signatures of {CPP_VERSION} are those that are known"
+    _C._use_flaggems_library([os.fspath(path) for path in paths], reason)
+
+
+# ---- flagos_python: the Python kernels -----------------------------------------------------------------------------
+
+
+def _install_python(chip: str, package: Path | None, version: str | None) -> None:
+    vendor = _env.get("GEMS_VENDOR") or VENDORS.get(chip)
+    reason = ""
+    if _env.flag("FLAGOS_DISABLE_FLAGGEMS_PY"):
+        reason = "switched off by FLAGOS_DISABLE_FLAGGEMS_PY=1"
+    elif package is None:
+        reason = "FlagGems is not installed (no module named flag_gems)"
+    elif vendor is None:
+        reason = f"FlagGems knows no vendor for the chip {chip} (GEMS_VENDOR names one)"
+    if vendor and not reason:
+        os.environ.setdefault("GEMS_VENDOR", vendor)
+        if chip != "cuda":  # its tuning database asks for the GPU's name when it lies in a file
+            os.environ.setdefault("FLAGGEMS_DB_URL", "sqlite://")
+    _kernels.clear()
+    if not reason:
+        _kernels.update(table(chip, version))
+    _C._set_python_kernels(reason, _kernels, _load)
+
+
+def table(chip: str, version: str | None) -> dict[str, tuple[str, str, dict]]:
+    """op -> (verdict, why, limits) for every operator of FlagGems."""
+    judged = flaggems.judgements(version, chip, _env.get("FLAGOS_FLAGGEMS_VERDICTS"))
+    named = f"FlagGems {version or 'of unknown version'}"
+    rows = {}
+    for op in sorted({*flaggems.operators(version), *judged}):
+        if not exists(op):
+            rows[op] = ("unusable", f"torch {torch.__version__} has no operator of that name", {})
+        elif _composite(op):
+            rows[op] = ("unusable", "torch composes it of other operators; served whole it would lose its gradient", {})
+        elif op not in judged:
+            rows[op] = ("unjudged", f"not judged yet for {named} on {chip}; only when asked for by name", {})
+        elif judged[op].verdict == "wrong":
+            rows[op] = ("wrong", f"known to be wrong in {named} on {chip}: {judged[op].why}", {})
+        else:
+            limits = _limits(judged[op].limits)
+            shown = "; within " + ", ".join(f"{name} {value}" for name, value in judged[op].limits.items())
+            rows[op] = ("right", f"judged right for {named} on {chip}{shown if limits else ''}", limits)
+    return rows
+
+
+def kernels() -> dict[str, tuple[str, str, dict]]:
+    """op -> (verdict, why, limits) for every operator of FlagGems; empty where its Python kernels cannot be used."""
+    return dict(_kernels)
+
+
+def exists(op: str) -> bool:
+    """Whether torch has an operator of that name."""
+    name, _, overload = op.partition(".")
+    try:
+        torch._C._dispatch_find_schema_or_throw(f"aten::{name}", overload)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _composite(op: str) -> bool:
+    """Whether it has no derivative but that of the operators it is composed of, as in csrc/aten/register.cc."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(f"aten::{op}", "CompositeImplicitAutograd") and not has_kernel(f"aten::{op}", "Autograd")
+
+
+def _limits(limits: dict) -> dict:
+    limits = dict(limits)
+    if "dtypes" in limits:
+        limits["dtypes"] = [getattr(torch, name) for name in limits["dtypes"]]
+    return limits
+
+
+def _load(op: str):
+    """The function for an operator, at its first call. None when FlagGems cannot be imported."""
+    global _functions
+    if _functions is None:
+        try:
+            _functions = {row[0]: row[1] for row in importlib.import_module("flag_gems")._FULL_CONFIG}
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            reason = f"FlagGems cannot be imported: {type(error).__name__}: {text[0] if text else ''}"
+            _C._set_python_kernels(reason, _kernels, _load)
+            _C._reconfigure()
+            return None
+    function = _functions.get(op)
+    if function is None:
+        raise RuntimeError(
+            f"flagos: backend not registered: {op} -> flagos_python: the installed FlagGems registers none; "
+            f"torch_fl.explain({op!r}) shows what there is"
+        )
+    return function
