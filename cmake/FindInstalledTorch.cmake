@@ -1,7 +1,7 @@
 # FindInstalledTorch.cmake: the torch that this Python imports, as CMake targets.
 #
-# torch's own CMake package asks for a CUDA toolkit with a compiler as soon as torch is a CUDA build. Headers and the libraries
-# in the wheel are all that is needed here, so the targets are made by hand.
+# torch's own CMake package asks for a CUDA toolkit with a compiler as soon as torch is a CUDA build. Headers and the
+# libraries in the wheel are all that is needed here, so the targets are made by hand.
 execute_process(
   COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/installed_torch.py
   OUTPUT_VARIABLE torch_facts RESULT_VARIABLE torch_result OUTPUT_STRIP_TRAILING_WHITESPACE)
@@ -18,7 +18,8 @@ message(STATUS "torch ${TORCH_VERSION} in ${torch_root}, CUDA ${TORCH_CUDA_VERSI
 
 function(add_torch_target name)
   add_library(${name} INTERFACE)
-  target_include_directories(${name} SYSTEM INTERFACE ${torch_root}/include ${torch_root}/include/torch/csrc/api/include)
+  target_include_directories(${name} SYSTEM INTERFACE
+    ${torch_root}/include ${torch_root}/include/torch/csrc/api/include)
   foreach(library IN LISTS ARGN)
     target_link_libraries(${name} INTERFACE ${torch_root}/lib/lib${library}.so)
   endforeach()
@@ -33,8 +34,9 @@ if(TORCH_CUDA_VERSION STREQUAL "none")
 elseif(cuda_kernel MATCHES "^(OFF|0)$")
   message(STATUS "CUDA_KERNEL=${cuda_kernel}: libtorch_fl_cuda.so is left out")
 elseif(torch_cuda_includes STREQUAL "none")
-  message(WARNING "torch is a CUDA ${TORCH_CUDA_VERSION} build, but CUDA's headers (cuda_runtime_api.h, crt/host_config.h) were not "
-                  "found: libtorch_fl_cuda.so is left out. Set CUDA_HOME or install the wheels nvidia-cuda-runtime and nvidia-cuda-crt.")
+  message(WARNING "torch is a CUDA ${TORCH_CUDA_VERSION} build, but CUDA's headers (cuda_runtime_api.h, "
+                  "crt/host_config.h) were not found: libtorch_fl_cuda.so is left out. Set CUDA_HOME or install the "
+                  "wheels nvidia-cuda-runtime and nvidia-cuda-crt.")
 else()
   add_torch_target(torch_cuda_lib c10_cuda torch_cuda)
   target_include_directories(torch_cuda_lib SYSTEM INTERFACE ${torch_cuda_includes})

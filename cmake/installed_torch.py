@@ -1,5 +1,7 @@
-"""Prints four facts for FindInstalledTorch.cmake as a CMake list: torch's version, its folder, its CUDA version or "none", and
-the include folders of CUDA joined by "|", or "none"."""
+"""Prints four facts for FindInstalledTorch.cmake as a CMake list.
+
+torch's version, its folder, its CUDA version or "none", and the include folders of CUDA joined by "|", or "none".
+"""
 
 import os
 import pathlib

@@ -2,8 +2,8 @@
 """Writes the tables of typed routes (csrc/aten/register.h) into the build tree, from the installed torch.
 
 The list is every aten overload with a CPU or CUDA kernel in the operator table that torch ships (torchgen's packaged
-native_functions.yaml), plus WHOLE below. Overloads whose at::_ops struct the installed headers lack are left out; they reach
-the boxed fallback.
+native_functions.yaml), plus WHOLE below. Overloads whose at::_ops struct the installed headers lack are left out; they
+reach the boxed fallback.
 
     gen_ops.py --out DIR --units N     writes ops_<i>.cc and ops_all.cc, only where the content changed
 """

@@ -10,7 +10,8 @@ namespace at::autocast {
 namespace {
 
 Tensor binary_cross_entropy_refused(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t) {
-  TORCH_CHECK(false, "binary_cross_entropy and BCELoss are unsafe under autocast: their input may be float16. Use "
+  TORCH_CHECK(false,
+              "binary_cross_entropy and BCELoss are unsafe under autocast: their input may be float16. Use "
               "binary_cross_entropy_with_logits, or leave autocast for the loss.");
 }
 
@@ -25,8 +26,7 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   AT_FORALL_LOWER_PRECISION_FP(FLAGOS_LOWER_PRECISION)
   AT_FORALL_FP32(FLAGOS_FP32)
   AT_FORALL_FP32_SET_OPT_DTYPE(FLAGOS_FP32_SET_OPT_DTYPE)
-  AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE(
-      KERNEL_DIFFERENT_REDISPATCH_SIGNATURE_PRIVATEUSEONE)
+  AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE(KERNEL_DIFFERENT_REDISPATCH_SIGNATURE_PRIVATEUSEONE)
   AT_FORALL_PROMOTE(FLAGOS_PROMOTE)
   m.impl("binary_cross_entropy", TORCH_FN(binary_cross_entropy_refused));
 }

@@ -1,5 +1,5 @@
-// boxed.cc: relabelling for any operator through its schema: other libraries' operators, newer torch's, and every layout but
-// the strided one (sparse, compressed sparse, nested, quantized).
+// boxed.cc: relabelling for any operator through its schema: other libraries' operators, newer torch's, and every
+// layout but the strided one (sparse, compressed sparse, nested, quantized).
 #include "csrc/aten/boxed.h"
 
 #include <torch/library.h>
@@ -15,7 +15,7 @@ namespace flagos {
 namespace {
 
 bool mixed_devices_allowed(const std::string& name) {
-  static const std::set<std::string> names{"aten::index",         "aten::index_put_",     "aten::index_put",
+  static const std::set<std::string> names{"aten::index",         "aten::index_put_",        "aten::index_put",
                                            "aten::_unsafe_index", "aten::_unsafe_index_put", "aten::_index_put_impl_",
                                            "aten::copy_",         "aten::_copy_from"};
   return names.count(name) > 0;
@@ -123,7 +123,8 @@ void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::
     throw;
   }
   if (writes) call.write_back();
-  // torch's own operators bump versions above this kernel; another library's kernel would have done it on the tensor itself.
+  // torch's own operators bump versions above this kernel; another library's kernel would have done it on the tensor
+  // itself.
   if (writes && !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView)) call.bump_versions();
   const size_t results = schema.returns().size();
   for (size_t i = stack->size() - results; i < stack->size(); ++i) map_result(call, (*stack)[i]);
@@ -141,8 +142,8 @@ c10::KernelFunction layout_kernel() {
   return c10::KernelFunction::makeFromBoxedFunction<&relabel_layout<functionality>>();
 }
 
-// Defaults that only throw (is_coalesced, col_indices, ...) would win over a fallback, so each kernel of the native layout gets
-// a registration of its own.
+// Defaults that only throw (is_coalesced, col_indices, ...) would win over a fallback, so each kernel of the native
+// layout gets a registration of its own.
 void register_layout(c10::DispatchKey native_key, c10::DispatchKey flagos_key, c10::KernelFunction (*kernel)()) {
   static auto* const handles = new std::vector<c10::RegistrationHandleRAII>;
   auto& dispatcher = c10::Dispatcher::singleton();

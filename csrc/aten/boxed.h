@@ -7,7 +7,8 @@
 
 namespace flagos {
 
-// Turns the operator's arguments on the stack into native aliases, lets `run` replace them by results, and turns those back.
+// Turns the operator's arguments on the stack into native aliases, lets `run` replace them by results, and turns those
+// back.
 void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::function_ref<void()> run);
 
 }  // namespace flagos

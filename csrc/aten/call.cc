@@ -11,8 +11,8 @@ const c10::DispatchKeySet kOtherLayouts({c10::DispatchKey::Sparse, c10::Dispatch
                                          c10::DispatchKey::NestedTensor, c10::DispatchKey::Quantized});
 const c10::DispatchKeySet kLazyBits({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
 
-// A dense tensor over a twin. A class of its own so that device_opt_ and storage_ may be set, and so that the pool can tell
-// an alias that a kernel replaced.
+// A dense tensor over a twin. A class of its own so that device_opt_ and storage_ may be set, and so that the pool can
+// tell an alias that a kernel replaced.
 class AliasImpl final : public c10::TensorImpl {
  public:
   AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {}
@@ -180,7 +180,8 @@ void Call::refuse(const char* op, bool mixed_allowed) const {
               "). Move them with .to(\"", flagos_device(index_), "\").");
   TORCH_CHECK(!cpu_tensor_ || !flagos_tensor_,
               "Expected all tensors to be on the same device, but found at least two devices, ", flagos_device(index_),
-              " and cpu! (when checking arguments of ", name, "). Move them with .to(\"", flagos_device(index_), "\").");
+              " and cpu! (when checking arguments of ", name, "). Move them with .to(\"", flagos_device(index_),
+              "\").");
 }
 
 void Call::enter(const char* op, bool mixed_allowed) {

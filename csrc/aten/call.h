@@ -1,8 +1,8 @@
 // call.h: the arguments and results of one native call, relabelled.
 //
-// A Call turns flagos tensors into aliases (their twin's storage, native keys) for the time of one kernel call and turns the
-// results back. Inputs are never modified. Aliases come from a per-thread pool. Used by the typed wrapper (relabel.h), the
-// boxed one (boxed.cc) and the few operators that are written by hand.
+// A Call turns flagos tensors into aliases (their twin's storage, native keys) for the time of one kernel call and
+// turns the results back. Inputs are never modified. Aliases come from a per-thread pool. Used by the typed wrapper
+// (relabel.h), the boxed one (boxed.cc) and the few operators that are written by hand.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,9 +25,10 @@ class Call {
   Call& operator=(const Call&) = delete;
   ~Call();
 
-  // ---- before the kernel ------------------------------------------------------------------------------------------------
-  // Adds one tensor argument; `write` when the kernel may change its data or metadata. Returns its position. `t` must outlive
-  // the call. list: members are not looked up among each other (lists are long, and the same tensor twice is legal).
+  // ---- before the kernel -----------------------------------------------------------------------------------------
+  // Adds one tensor argument; `write` when the kernel may change its data or metadata. Returns its position. `t` must
+  // outlive the call. list: members are not looked up among each other (lists are long, and the same tensor twice is
+  // legal).
   size_t add(const at::Tensor& t, bool write, bool list = false);
   c10::Storage add(const c10::Storage& storage);
   c10::Device map(c10::Device device);
@@ -41,13 +42,13 @@ class Call {
   at::TensorList list(size_t begin, size_t n) const { return at::TensorList(alias_.data() + begin, n); }
   c10::DeviceIndex index() const { return index_; }
 
-  // ---- after the kernel -------------------------------------------------------------------------------------------------
+  // ---- after the kernel ------------------------------------------------------------------------------------------
   // Carries sizes, strides, dtype, lazy bits, quantizer and storage of written aliases back to the originals.
   void write_back();
   // Tells autograd that the written originals have changed.
   void bump_versions();
-  // A result under the flagos label: the original object when the kernel returned an argument, a tensor on the argument's
-  // storage when it is a view of one, otherwise the same TensorImpl over a new flagos storage.
+  // A result under the flagos label: the original object when the kernel returned an argument, a tensor on the
+  // argument's storage when it is a view of one, otherwise the same TensorImpl over a new flagos storage.
   at::Tensor result(at::Tensor&& t);
 
  private:
@@ -82,12 +83,12 @@ class Call {
   std::forward_list<at::Tensor> members_;  // of sparse arguments: keeps what Origin::tensor points at
   c10::DeviceIndex index_ = -1;
   c10::DeviceIndex outer_device_ = -1;
-  c10::DeviceIndex other_index_ = -1;       // a second flagos device among the arguments
-  const at::Tensor* released_ = nullptr;    // an argument whose storage was resized to nothing
+  c10::DeviceIndex other_index_ = -1;     // a second flagos device among the arguments
+  const at::Tensor* released_ = nullptr;  // an argument whose storage was resized to nothing
   bool flagos_tensor_ = false;
   bool foreign_storage_ = false;  // a storage argument of another device
-  bool cpu_tensor_ = false;      // a CPU tensor with dimensions among the arguments
-  bool results_native_ = false;  // the caller asked for results on the CPU
+  bool cpu_tensor_ = false;       // a CPU tensor with dimensions among the arguments
+  bool results_native_ = false;   // the caller asked for results on the CPU
   bool entered_ = false;
 };
 
@@ -104,8 +105,6 @@ class BelowAutograd {
   std::optional<c10::impl::ExcludeDispatchKeyGuard> guard_;
 };
 
-inline bool is_flagos(const at::Tensor& t) {
-  return t.defined() && t.unsafeGetTensorImpl()->device_type() == kFlagos;
-}
+inline bool is_flagos(const at::Tensor& t) { return t.defined() && t.unsafeGetTensorImpl()->device_type() == kFlagos; }
 
 }  // namespace flagos

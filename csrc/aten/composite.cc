@@ -1,7 +1,7 @@
 // composite.cc: operators that torch's CPU cannot serve for the simulated host device, composed of others.
 //
-// torch's RNN layers call the fused cells for every accelerator, but the CPU has none. native_dropout draws from the CPU's
-// process-wide generator, while a flagos device has its own.
+// torch's RNN layers call the fused cells for every accelerator, but the CPU has none. native_dropout draws from the
+// CPU's process-wide generator, while a flagos device has its own.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -14,12 +14,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = const std::optional<Tensor>&;
 
-Tensor with_bias(const Tensor& gates, OptionalTensor bias) {
-  return bias && bias->defined() ? gates + *bias : gates;
-}
+Tensor with_bias(const Tensor& gates, OptionalTensor bias) { return bias && bias->defined() ? gates + *bias : gates; }
 
-// Gates in the order input, forget, cell, output: [batch, 4 * hidden]. The third result is the fused kernel's workspace, which
-// only its own backward reads; autograd differentiates this composition instead.
+// Gates in the order input, forget, cell, output: [batch, 4 * hidden]. The third result is the fused kernel's
+// workspace, which only its own backward reads; autograd differentiates this composition instead.
 std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& cx,
                                              OptionalTensor input_bias, OptionalTensor hidden_bias) {
   const auto gates = with_bias(with_bias(input_gates + hidden_gates, input_bias), hidden_bias).chunk(4, 1);
@@ -49,13 +47,13 @@ std::tuple<Tensor, Tensor> native_dropout(const Tensor& input, double p, std::op
 }  // namespace
 
 void register_host_composites() {
-  static auto* const below = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__,
-                                                __LINE__);
+  static auto* const below =
+      new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
   below->impl("_thnn_fused_lstm_cell", TORCH_FN(lstm_cell));
   below->impl("_thnn_fused_gru_cell", TORCH_FN(gru_cell));
   below->impl("native_dropout", TORCH_FN(native_dropout));
-  static auto* const autograd = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradPrivateUse1,
-                                                   __FILE__, __LINE__);
+  static auto* const autograd =
+      new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);
   autograd->impl("_thnn_fused_lstm_cell", TORCH_FN(lstm_cell));
   autograd->impl("_thnn_fused_gru_cell", TORCH_FN(gru_cell));
 }

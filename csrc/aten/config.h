@@ -1,4 +1,5 @@
-// config.h: from conf text and environment to a list of wishes "this operator on that backend". Pure functions, no torch.
+// config.h: from conf text and environment to a list of wishes "this operator on that backend". Pure functions, no
+// torch.
 #pragma once
 
 #include <functional>

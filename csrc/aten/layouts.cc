@@ -68,9 +68,9 @@ at::Tensor Call::alias_layout(const at::Tensor& t, bool write, Origin& origin) {
   }
   if (keys.has(DispatchKey::SparseCsr)) {
     auto* csr = static_cast<SparseCsrTensorImpl*>(impl);
-    auto alias = at::detail::make_tensor<SparseCsrTensorImpl>(
-        DispatchKeySet(native.key(DispatchKey::SparseCsr)), native.device(impl->device().index()), csr->layout(),
-        impl->dtype());
+    auto alias = at::detail::make_tensor<SparseCsrTensorImpl>(DispatchKeySet(native.key(DispatchKey::SparseCsr)),
+                                                              native.device(impl->device().index()), csr->layout(),
+                                                              impl->dtype());
     auto compressed = member_alias(csr->compressed_indices());
     auto plain = member_alias(csr->plain_indices());
     auto values = member_alias(csr->values());
@@ -84,17 +84,15 @@ at::Tensor Call::alias_layout(const at::Tensor& t, bool write, Origin& origin) {
   origin.nbytes = origin.twin->nbytes();
   if (keys.has(DispatchKey::Quantized)) {
     auto* quantized = static_cast<at::QTensorImpl*>(impl);
-    auto alias = at::detail::make_tensor<at::QTensorImpl>(share(origin.twin),
-                                                          DispatchKeySet(native.key(DispatchKey::Quantized)),
-                                                          impl->dtype(), quantized->quantizer());
+    auto alias = at::detail::make_tensor<at::QTensorImpl>(
+        share(origin.twin), DispatchKeySet(native.key(DispatchKey::Quantized)), impl->dtype(), quantized->quantizer());
     alias.unsafeGetTensorImpl()->set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
     return alias;
   }
   auto* nested = static_cast<NestedTensorImpl*>(impl);
-  return at::detail::make_tensor<NestedTensorImpl>(share(origin.twin),
-                                                   DispatchKeySet(native.key(DispatchKey::NestedTensor)), impl->dtype(),
-                                                   nested->get_nested_sizes(), nested->get_nested_strides(),
-                                                   nested->get_storage_offsets());
+  return at::detail::make_tensor<NestedTensorImpl>(
+      share(origin.twin), DispatchKeySet(native.key(DispatchKey::NestedTensor)), impl->dtype(),
+      nested->get_nested_sizes(), nested->get_nested_strides(), nested->get_storage_offsets());
 }
 
 at::Tensor Call::result_layout(const at::Tensor& t) {
@@ -125,9 +123,9 @@ at::Tensor Call::result_layout(const at::Tensor& t) {
   }
   if (keys.has(DispatchKey::Quantized) && impl->has_storage()) {
     auto* quantized = static_cast<at::QTensorImpl*>(impl);
-    auto out = at::detail::make_tensor<at::QTensorImpl>(
-        storage_of(impl->unsafe_storage().unsafeGetStorageImpl()), DispatchKeySet(DispatchKey::QuantizedPrivateUse1),
-        impl->dtype(), quantized->quantizer());
+    auto out = at::detail::make_tensor<at::QTensorImpl>(storage_of(impl->unsafe_storage().unsafeGetStorageImpl()),
+                                                        DispatchKeySet(DispatchKey::QuantizedPrivateUse1),
+                                                        impl->dtype(), quantized->quantizer());
     out.unsafeGetTensorImpl()->set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
     return out;
   }

@@ -11,8 +11,8 @@ void register_host_composites();  // composite.cc
 
 namespace {
 
-// An operator is left to torch's composition when that is what its own devices do, or when serving it whole cannot tell a
-// result that was asked for on the CPU from one for the device.
+// An operator is left to torch's composition when that is what its own devices do, or when serving it whole cannot tell
+// a result that was asked for on the CPU from one for the device.
 bool serve(const TypedRoute& route, const c10::OperatorHandle& op) {
   if (op.hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) return false;  // ours, registered statically
   // Below autograd a composition is cut off from it, unless torch has a derivative for the operator as a whole.

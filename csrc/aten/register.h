@@ -1,5 +1,5 @@
-// register.h: the list of typed routes. scripts/gen_ops.py writes one table per translation unit into the build tree; register.cc
-// puts those that the chip can serve into PyTorch's dispatcher.
+// register.h: the list of typed routes. scripts/gen_ops.py writes one table per translation unit into the build tree;
+// register.cc puts those that the chip can serve into PyTorch's dispatcher.
 #pragma once
 
 #include <torch/library.h>
@@ -21,8 +21,12 @@ struct TypedRoute {
 
 template <class Op>
 constexpr TypedRoute typed_route(const char* name, bool whole, bool takes_device) {
-  return {name, &Route<Op>::slot, reinterpret_cast<void*>(&Relabel<Op>::call),
-          [] { return torch::CppFunction(TORCH_FN(Route<Op>::call)); }, whole, takes_device};
+  return {name,
+          &Route<Op>::slot,
+          reinterpret_cast<void*>(&Relabel<Op>::call),
+          [] { return torch::CppFunction(TORCH_FN(Route<Op>::call)); },
+          whole,
+          takes_device};
 }
 
 struct TypedRoutes {

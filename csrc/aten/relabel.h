@@ -1,7 +1,7 @@
 // relabel.h: Relabel<Op>, the kernel that serves an operator with torch's own kernel for the native label.
 //
-// One template for every operator. Arg<A> says what happens to an argument of type A; everything that holds no tensor, device
-// or generator passes through untouched.
+// One template for every operator. Arg<A> says what happens to an argument of type A; everything that holds no tensor,
+// device or generator passes through untouched.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -17,7 +17,7 @@
 
 namespace flagos {
 
-// ---- arguments ----------------------------------------------------------------------------------------------------------
+// ---- arguments ---------------------------------------------------------------------------------------------------
 // Constructed in argument order, before Call::enter; get() is called once, after it.
 
 template <class A>
@@ -134,7 +134,7 @@ struct Arg<at::Stream> {
   at::Stream get(Call&) { return stream; }
 };
 
-// ---- results ------------------------------------------------------------------------------------------------------------
+// ---- results -----------------------------------------------------------------------------------------------------
 
 template <class T>
 T relabel_result(Call&, T&& value) {
@@ -192,7 +192,7 @@ struct Returns<std::tuple<T&...>> {
   }
 };
 
-// ---- the kernel ---------------------------------------------------------------------------------------------------------
+// ---- the kernel --------------------------------------------------------------------------------------------------
 
 // Mixes of CPU and flagos tensors, or of two devices, that are legal: index tensors may live on the CPU.
 template <class Op>

@@ -27,7 +27,9 @@ Resolution resolve(const std::string& op, const std::optional<RouteLine>& wish,
       if (step.reason.empty()) step.reason = "first in the default order that has a kernel";
       result.backend = candidate.backend;
     } else if (candidate.usable && step.reason.empty()) {
-      step.reason = wish ? "not asked for" : by_default ? "an earlier backend serves it" : "only when asked for by name";
+      step.reason = wish         ? "not asked for"
+                    : by_default ? "an earlier backend serves it"
+                                 : "only when asked for by name";
     }
     result.steps.push_back(std::move(step));
   }

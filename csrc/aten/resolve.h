@@ -14,7 +14,7 @@ struct Candidate {
   std::string backend;
   bool usable = false;
   bool by_name_only = false;  // usable when asked for, never by default
-  std::string why;  // why not, or a remark
+  std::string why;            // why not, or a remark
 };
 
 struct Step {

@@ -1,10 +1,11 @@
-// route.h: the whole data path of a call, from PyTorch's dispatcher to the kernel that serves it. Read it top to bottom.
+// route.h: the whole data path of a call, from PyTorch's dispatcher to the kernel. Read it top to bottom.
 //
 //   at::mm(x, y) -> dispatcher (Autograd, Autocast: torch's own) -> key PrivateUse1 -> Route<at::_ops::mm>::call
 //     -> slot.fast: one pointer load, one test, one call of the typed kernel, for example Relabel<at::_ops::mm>::call.
-//   When the pointer is null something unusual is on (logging, counting, a thread's own routes, a kernel that takes boxed
-//   arguments, an error to throw): take_slow_path() says which decision serves this call.
-//   Operators without a Route of their own (other libraries', newer torch's) arrive in boxed_route(): same slots, by name.
+//   When the pointer is null something unusual is on (logging, counting, a thread's own routes, a kernel that takes
+//   boxed arguments, an error to throw): take_slow_path() says which decision serves this call.
+//   Operators without a Route of their own (other libraries', newer torch's) arrive in boxed_route(): same slots, by
+//   name.
 #pragma once
 
 #include <ATen/core/boxing/KernelFunction.h>
@@ -32,8 +33,8 @@ struct Kernel {
   explicit operator bool() const { return typed || boxed; }
 };
 
-// The outcome of resolving one operator: made once per (operator, backend, origin), never freed, so that a pointer to it
-// stays good while other threads change routes.
+// The outcome of resolving one operator: made once per (operator, backend, origin), never freed, so that a pointer to
+// it stays good while other threads change routes.
 struct Decision {
   Resolution resolution;
   Kernel kernel;
@@ -43,13 +44,13 @@ struct Decision {
 
 // One operator's place in the routing table.
 struct Slot {
-  std::string name;                             // "mm.out"
-  void* relabel = nullptr;                      // Relabel<Op>::call, or null for an operator without a typed route
-  std::atomic<void*> fast{nullptr};             // the typed kernel when nothing unusual is on
+  std::string name;                  // "mm.out"
+  void* relabel = nullptr;           // Relabel<Op>::call, or null for an operator without a typed route
+  std::atomic<void*> fast{nullptr};  // the typed kernel when nothing unusual is on
   std::atomic<const Decision*> decision{nullptr};
-  std::optional<c10::OperatorHandle> op;        // set at registration
-  std::optional<RouteLine> wish;                // guarded by the table's mutex, as are the next two
-  std::optional<RouteLine> wish_api;            // set_route(); beats `wish`
+  std::optional<c10::OperatorHandle> op;  // set at registration
+  std::optional<RouteLine> wish;          // guarded by the table's mutex, as are the next two
+  std::optional<RouteLine> wish_api;      // set_route(); beats `wish`
   std::vector<std::unique_ptr<Decision>> decisions;
 };
 
@@ -76,12 +77,14 @@ struct Route<Op, R(A...)> {
 // The PrivateUse1 fallback: every operator that has no kernel registered for flagos.
 void boxed_route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 
-// boxed.cc: the boxed counterpart of Relabel, for any operator; `functionality` names the layout's key (Dense, Sparse, ...).
+// boxed.cc: the boxed counterpart of Relabel, for any operator; `functionality` names the layout's key (Dense, Sparse,
+// ...).
 void relabel_boxed(const c10::OperatorHandle& op, c10::DispatchKey functionality, torch::jit::Stack* stack);
 
-// ---- backends -----------------------------------------------------------------------------------------------------------
+// ---- backends ----------------------------------------------------------------------------------------------------
 
-// A backend registers itself (FLAGOS_BACKEND in its own file). Backends are asked in the order of `rank` when no wish names one.
+// A backend registers itself (FLAGOS_BACKEND in its own file). Backends are asked in the order of `rank` when no wish
+// names one.
 struct Backend {
   std::string name;
   int rank;
@@ -93,13 +96,13 @@ struct Backend {
 bool register_backend(Backend backend);
 #define FLAGOS_BACKEND(NAME, ...) static const bool flagos_backend_##NAME = ::flagos::register_backend(__VA_ARGS__)
 
-// ---- the table (route.cc) -----------------------------------------------------------------------------------------------
+// ---- the table (route.cc) ----------------------------------------------------------------------------------------
 
 // Puts a slot into the table; the operator must exist in torch. Slots live for ever.
 void add_slot(Slot& slot, const c10::OperatorHandle& op);
 
-// Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered again
-// by the operator it implements.
+// Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered
+// again by the operator it implements.
 const Decision& decide_without(Slot& slot, const std::string& backend);
 
 // The slot of an operator, made when it has none yet.

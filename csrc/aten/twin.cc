@@ -17,11 +17,13 @@ void set_native(const Platform& platform) {
   const auto type = platform.native_type();
   if (!type) return;
   native.type = *type;
-  native.backend = c10::toBackendComponent(*type == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+  native.backend =
+      c10::toBackendComponent(*type == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
   native.dense = c10::DispatchKeySet(native.key(c10::DispatchKey::Dense));
   native.entry = platform.native_needs_entry();
   const auto flagos_backend = c10::BackendComponent::PrivateUse1Bit;
-  native.flagos_bits = (c10::DispatchKeySet(flagos_backend) | c10::getAutocastRelatedKeySetFromBackend(flagos_backend)).raw_repr();
+  native.flagos_bits =
+      (c10::DispatchKeySet(flagos_backend) | c10::getAutocastRelatedKeySetFromBackend(flagos_backend)).raw_repr();
   native.native_bits =
       (c10::DispatchKeySet(native.backend) | c10::getAutocastRelatedKeySetFromBackend(native.backend)).raw_repr();
   native.present = true;
@@ -45,9 +47,9 @@ c10::StorageImpl* adopt(c10::StorageImpl* storage) {
   void* const address = ptr.get();
   const auto deleter = ptr.get_deleter();
   c10::DataPtr native_ptr(platform().native_address(address), ptr.release_context(), deleter, native.device(index));
-  auto twin = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage->nbytes(),
-                                                    std::move(native_ptr), platform().native_allocator(),
-                                                    storage->resizable());
+  auto twin =
+      c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage->nbytes(),
+                                            std::move(native_ptr), platform().native_allocator(), storage->resizable());
   auto* result = twin.get();
   ptr = label(std::move(twin), address, index);
   return result;
@@ -85,8 +87,8 @@ c10::DataPtr allocate_flagos(size_t nbytes) {
   auto ptr = chip.allocate(nbytes);
   if (!native.present) return ptr;
   // An empty allocation may come back without a device index.
-  const auto index = native.type == c10::DeviceType::CPU || ptr.device().index() < 0 ? chip.current_device()
-                                                                                     : ptr.device().index();
+  const auto index =
+      native.type == c10::DeviceType::CPU || ptr.device().index() < 0 ? chip.current_device() : ptr.device().index();
   return label_twin(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), nbytes, std::move(ptr),
                                                           chip.native_allocator(), /*resizable=*/true),
                     index);

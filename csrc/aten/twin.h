@@ -1,8 +1,9 @@
 // twin.h: how one piece of memory carries two labels.
 //
-// Every flagos StorageImpl owns a twin StorageImpl over the same bytes with the native label. The flagos DataPtr's context
-// *is* the strong reference to the twin and its deleter drops it, so the twin lives exactly as long as the memory. Views
-// that a native kernel makes take their device from the twin; no StorageImpl ever changes its label after birth.
+// Every flagos StorageImpl owns a twin StorageImpl over the same bytes with the native label. The flagos DataPtr's
+// context *is* the strong reference to the twin and its deleter drops it, so the twin lives exactly as long as the
+// memory. Views that a native kernel makes take their device from the twin; no StorageImpl ever changes its label after
+// birth.
 #pragma once
 
 #include <c10/core/StorageImpl.h>
@@ -15,12 +16,12 @@ c10::DataPtr label_twin(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIn
 // A new flagos StorageImpl over `twin`.
 c10::intrusive_ptr<c10::StorageImpl> flagos_storage(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIndex index);
 
-// The twin of a flagos storage. A storage whose DataPtr is not ours (from_blob, DLPack, copy-on-write) is adopted first:
-// the twin takes its DataPtr over and a label of ours replaces it. Thread-safe.
+// The twin of a flagos storage. A storage whose DataPtr is not ours (from_blob, DLPack, copy-on-write) is adopted
+// first: the twin takes its DataPtr over and a label of ours replaces it. Thread-safe.
 c10::StorageImpl* twin_of(c10::StorageImpl* storage);
 
-// Brings a flagos storage up to date after a kernel gave its twin other memory or another size. Every view of the storage
-// sees the change.
+// Brings a flagos storage up to date after a kernel gave its twin other memory or another size. Every view of the
+// storage sees the change.
 void refresh_from_twin(c10::StorageImpl* storage, c10::StorageImpl* twin);
 
 // Memory for a flagos storage on the current device, twin included.

@@ -12,8 +12,8 @@ namespace flagos {
 
 namespace {
 
-// Module.to() and .data = keep the Parameter object when its TensorImpl can take over another's metadata. All dense strided
-// ones of these devices can; without this every .to("flagos") makes new Parameters and unties tied weights.
+// Module.to() and .data = keep the Parameter object when its TensorImpl can take over another's metadata. All dense
+// strided ones of these devices can; without this every .to("flagos") makes new Parameters and unties tied weights.
 bool has_compatible_shallow_copy_type(const at::Tensor& self, const at::Tensor& from) {
   const auto dense = [](const at::Tensor& t) {
     const auto type = t.device().type();

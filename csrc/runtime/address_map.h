@@ -16,8 +16,9 @@ namespace flagos {
 
 struct Block;
 
-// A few windows of address space, each with one entry per 512 bytes. The chip's memory lies close together, so one or two
-// windows hold all of it; their tables are reserved address space that becomes memory page by page, as it is written.
+// A few windows of address space, each with one entry per 512 bytes. The chip's memory lies close together, so one or
+// two windows hold all of it; their tables are reserved address space that becomes memory page by page, as it is
+// written.
 class AddressMap {
  public:
   // Makes room for blocks in [begin, begin + size).
@@ -59,7 +60,8 @@ class AddressMap {
   }
   void add_window(uintptr_t base) {
     const size_t n = count_.load(std::memory_order_relaxed);
-    TORCH_CHECK(n < kWindows, "flagos: device memory is spread over more than ", kWindows, " windows of ", kSpan, " bytes");
+    TORCH_CHECK(n < kWindows, "flagos: device memory is spread over more than ", kWindows, " windows of ", kSpan,
+                " bytes");
     void* table = mmap(nullptr, (kSpan >> kUnitBits) * sizeof(Entry), PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(table != MAP_FAILED, "flagos: no address space for the map of device memory");

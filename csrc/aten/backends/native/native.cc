@@ -1,5 +1,5 @@
-// native.cc: the backend of a chip on whose memory torch's own kernels work, named after the chip (cuda, host). One template,
-// Relabel<Op>, serves every operator that torch has for the native label.
+// native.cc: the backend of a chip on whose memory torch's own kernels work, named after the chip (cuda, host). One
+// template, Relabel<Op>, serves every operator that torch has for the native label.
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
 
