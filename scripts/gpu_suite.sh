@@ -6,9 +6,10 @@
 # FOLDER holds the built package (torch_fl with _C and the libraries); an installed torch_fl serves too. Stages: smoke
 # tests dispatch qwen3 threads memory opdb hal; without any, all of them in that order. STAGE_LIMIT (seconds, default
 # 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next one.
+# QWEN3_ARGUMENTS and OPDB_ARGUMENTS are passed on, for example QWEN3_ARGUMENTS="--parts decode --rounds 4".
 set -u
 if [ $# -lt 1 ]; then
-  sed -n '2,8p' "$0"
+  sed -n '2,9p' "$0"
   exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -39,9 +40,9 @@ fi
 for part in torch_fl tests benchmarks scripts accelerator include csrc emulators docs pytest.ini; do
   [ -e "$repo/$part" ] && cp -r "$repo/$part" "$tree/"
 done
-cp "$package"/*.so "$tree/torch_fl/"
+cp "$package"/*.so "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
-export PYTHONPATH="$tree" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
+export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
 declare -A verdict
 stage() { # name command...
@@ -65,7 +66,7 @@ stage() { # name command...
 }
 
 # What a benchmark may take: a little less than its stage, so that it ends by itself.
-inner=$((limit - limit / 12))
+inner=$((limit - limit / 8))
 for name in "${stages[@]}"; do
   case $name in
   smoke)
@@ -84,7 +85,8 @@ for name in "${stages[@]}"; do
   qwen3)
     size=full
     [ "$stock" = cpu ] && size=small
-    stage qwen3 "$python" benchmarks/qwen3.py --pair "$stock,flagos" --size $size --out "$out" --limit $inner
+    stage qwen3 "$python" benchmarks/qwen3.py --pair "$stock,flagos" --size $size --out "$out" --limit $inner \
+      ${QWEN3_ARGUMENTS:-}
     ;;
   threads)
     stage threads "$python" benchmarks/threads.py --pair "$stock,flagos" --out "$out" --limit $inner

@@ -74,6 +74,8 @@ def qwen3(data) -> list[str]:
         if "share_of_roofline" in result:
             share, top = 100 * result["share_of_roofline"], result["roofline_tokens_per_second"]
             notes.append(f"{part}: {share:.0f} % of the memory roofline ({top:.0f} tokens/s at the measured bandwidth)")
+        if "times_eager" in result:
+            notes.append(f"{part}: {result['times_eager']} times eager decoding")
         for name in ("peak_allocated", "peak_reserved"):
             if name in result:
                 notes.append(f"{part}: {name.replace('_', ' ')}, flagos / stock: {result[name]['ratio']:.4f}")
