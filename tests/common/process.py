@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -31,3 +32,11 @@ def check_python(code: str, timeout: float = 120, **env: str | None) -> str:
     result = run_python(code, timeout, **env)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
     return result.stdout
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The line that names the exception of a process that died of one; what follows it is advice."""
+    assert result.returncode != 0, "the process succeeded"
+    lines = [line for line in result.stderr.split("\n") if re.match(r"(\w+\.)*\w*(Error|Exception): ", line)]
+    assert lines, f"no exception in: {result.stderr[-1000:]}"
+    return lines[0]
