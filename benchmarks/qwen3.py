@@ -6,8 +6,8 @@
 
 Parts: `pair` decodes eagerly on both devices in one process, alternating; `train` takes AdamW steps in processes of
 their own and compares losses bit by bit and peak memory; `decode` decodes eagerly in processes of their own, and then
-replays the decode step as one graph (stock captured by the same code; reported as `graph`). Host timing swings on shared
-machines: figures are medians over pairs.
+replays the decode step as one graph (stock captured by the same code; reported as `graph`). Host timing swings on
+shared machines: figures are medians over pairs.
 """
 
 from __future__ import annotations

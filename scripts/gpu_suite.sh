@@ -76,8 +76,9 @@ for name in "${stages[@]}"; do
     # The sweeps have stages of their own. Workers share the GPU; without pytest-xdist one process does it all.
     spread=()
     "$python" -c 'import xdist' 2>/dev/null && spread=(-n 8 --dist loadfile)
-    stage tests "$python" -m pytest tests/integration -q --maxfail=100 -m "not slow" -p no:cacheprovider "${spread[@]}" \
-      --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py --timeout 120
+    stage tests "$python" -m pytest tests/integration -q --maxfail=100 -m "not slow" -p no:cacheprovider \
+      "${spread[@]}" --timeout 120 --ignore tests/integration/ops/test_opdb.py \
+      --ignore tests/integration/test_moduledb.py
     ;;
   dispatch)
     stage dispatch "$python" benchmarks/dispatch.py --pair "$stock,flagos" --json "$out/dispatch.json"

@@ -55,6 +55,12 @@ def raw(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def set_default(name: str, value: str) -> None:
+    """Sets a variable for other libraries of this process, unless the user has set it."""
+    if raw(name) is None:
+        os.environ[name] = value
+
+
 def get(name: str) -> str | None:
     """The variable's value; None when it is unset or empty."""
     return raw(name) or None

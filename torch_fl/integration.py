@@ -41,7 +41,7 @@ def install(chip: str) -> None:
     package = Path(spec.origin).parent if spec and spec.origin else None
     version = installed_version() if package else None
     if package:
-        os.environ.setdefault("FLAGGEMS_SOURCE_DIR", os.fspath(package))
+        _env.set_default("FLAGGEMS_SOURCE_DIR", os.fspath(package))
     _install_library(package, version)
     _install_python(chip, package, version)
 
@@ -78,9 +78,9 @@ def _install_python(chip: str, package: Path | None, version: str | None) -> Non
     elif vendor is None:
         reason = f"FlagGems knows no vendor for the chip {chip} (GEMS_VENDOR names one)"
     if vendor and not reason:
-        os.environ.setdefault("GEMS_VENDOR", vendor)
+        _env.set_default("GEMS_VENDOR", vendor)
         if chip != "cuda":  # its tuning database asks for the GPU's name when it lies in a file
-            os.environ.setdefault("FLAGGEMS_DB_URL", "sqlite://")
+            _env.set_default("FLAGGEMS_DB_URL", "sqlite://")
     _kernels.clear()
     if not reason:
         _kernels.update(table(chip, version))

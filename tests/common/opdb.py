@@ -40,8 +40,8 @@ UNINITIALIZED = {
     "resize_",
     "resize_as_",
 }
-# (operator, mode, layout) for which the CPU gives no reference: its kernel reads memory that nobody wrote, divides by zero
-# or crashes.
+# (operator, mode, layout) for which the CPU gives no reference: its kernel reads memory that nobody wrote, divides by
+# zero or crashes.
 NO_REFERENCE = {
     ("nn.functional.multilabel_margin_loss", "forward", "zero_size"),
     ("native_batch_norm", "backward", "zero_size"),

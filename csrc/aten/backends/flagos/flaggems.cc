@@ -78,7 +78,8 @@ struct Bound {
   template <class... X>
   static decltype(auto) call(X&&... x) {
     using Result = decltype(Op::redispatch(native.dense, std::forward<X>(x)...));
-    if (C10_UNLIKELY(!fits(x...) || !output_fits(x...))) return static_cast<Result>(Op::redispatch(native.dense, std::forward<X>(x)...));
+    if (C10_UNLIKELY(!fits(x...) || !output_fits(x...)))
+      return static_cast<Result>(Op::redispatch(native.dense, std::forward<X>(x)...));
     return static_cast<Result>(function(plain(std::forward<X>(x))...));
   }
 };
