@@ -44,6 +44,7 @@ UNINITIALIZED = {
 # zero or crashes.
 NO_REFERENCE = {
     ("nn.functional.multilabel_margin_loss", "forward", "zero_size"),
+    ("nn.functional.multi_margin_loss", "forward", "zero_size"),
     ("native_batch_norm", "backward", "zero_size"),
     ("_native_batch_norm_legit", "backward", "zero_size"),
     ("nn.functional.pdist", "backward", "zero_size"),

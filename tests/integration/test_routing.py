@@ -36,7 +36,9 @@ def test_table():
     assert len(set(names)) == len(names)
     assert not any(name.startswith("aten::") for name in names)
     assert {"mm", "add.Tensor", "mm.out", "cat", "sort.stable", "native_layer_norm"} <= set(names)
-    assert {r.backend for r in routes} <= BACKENDS
+    assert {r.backend for r in routes if r.backend} <= BACKENDS
+    # An operator of another library may have no kernel anywhere; other test files leave such ones behind.
+    assert all(r.backend or r.reason.startswith("no backend has a kernel") for r in routes)
     assert all(r.reason and r.origin for r in routes)
     assert set(torch_fl.get_registered_ops()) == set(names)
 
