@@ -40,7 +40,7 @@ fi
 for part in torch_fl tests benchmarks scripts accelerator include csrc emulators docs pytest.ini; do
   [ -e "$repo/$part" ] && cp -r "$repo/$part" "$tree/"
 done
-cp "$package"/*.so "$tree/torch_fl/" || exit 2
+cp "$package"/*.so "$package/_build.py" "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 

@@ -27,10 +27,10 @@ import torch  # noqa: E402  (_autoload must exist before: torch looks it up here
 
 def _start() -> None:
     # 1. Libraries: libflagos.so (chips), libtorch_fl.so (PyTorch registrations), the bindings.
-    from torch_fl import _C, _env
+    from torch_fl import _C, _build, _env
 
-    # 2. The chip: FLAGOS_ACCELERATOR, else what is found, else the simulated host.
-    asked = _env.get("FLAGOS_ACCELERATOR")
+    # 2. The chip: FLAGOS_ACCELERATOR, else the build's ACCELERATOR, else what is found, else the simulated host.
+    asked = _env.get("FLAGOS_ACCELERATOR") or _build.ACCELERATOR or None
     try:
         chip = _C._init(asked)
     except RuntimeError as error:

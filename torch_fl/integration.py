@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from torch_fl import _C, _env, flaggems
+from torch_fl import _C, _build, _env, flaggems
 
 # FlagGems' name for the maker of each chip.
 VENDORS = {"cuda": "nvidia", "metax": "metax", "ascend": "ascend"}
@@ -58,7 +58,9 @@ def _install_library(package: Path | None, version: str | None) -> None:
     if package:
         paths += [package / "lib" / name, package / name, package.parent / "lib" / name]
     reason = ""
-    if not paths:
+    if not _build.FLAGGEMS_KERNEL:
+        reason = "left out of this build (FLAGGEMS_KERNEL=OFF)"
+    elif not paths:
         reason = "FlagGems is not installed, and FLAGGEMS_DIR does not name its build tree"
     elif version and version != CPP_VERSION:
         reason = f"FlagGems {version} is installed, and the C++ signatures of {CPP_VERSION} are those that are known"
@@ -71,7 +73,9 @@ def _install_library(package: Path | None, version: str | None) -> None:
 def _install_python(chip: str, package: Path | None, version: str | None) -> None:
     vendor = _env.get("GEMS_VENDOR") or VENDORS.get(chip)
     reason = ""
-    if _env.flag("FLAGOS_DISABLE_FLAGGEMS_PY"):
+    if not _build.FLAGGEMS_PYTHON:
+        reason = "left out of this build (FLAGGEMS_PYTHON=OFF)"
+    elif _env.flag("FLAGOS_DISABLE_FLAGGEMS_PY"):
         reason = "switched off by FLAGOS_DISABLE_FLAGGEMS_PY=1"
     elif package is None:
         reason = "FlagGems is not installed (no module named flag_gems)"
