@@ -1,0 +1,113 @@
+"""Builds tests/null_cuda, the CUDA run time without a GPU, and says how a process gets it; reads its log.
+
+What it is for and what it cannot show is in tests/null_cuda/runtime.cc. A process started with `environment()` sees
+NVIDIA devices whose kernels do nothing; inside of it `launches(call)` gives what a call launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "tests" / "null_cuda"
+
+
+def missing() -> str | None:
+    """Why it cannot be built here, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch is a CPU build"
+    if cuda_includes() == "none":
+        return "CUDA's headers are not installed"
+    return None
+
+
+@functools.cache
+def cuda_includes() -> str:
+    facts = [sys.executable, str(ROOT / "cmake" / "installed_torch.py")]
+    return subprocess.run(facts, capture_output=True, text=True, check=True).stdout.strip().split(";")[3]
+
+
+@functools.cache
+def build() -> Path:
+    """The library. Built once per state of the sources and of torch, in the user's temporary folder."""
+    import torch
+
+    sources = sorted(SOURCES.glob("*.cc"))
+    state = hashlib.sha256(torch.__version__.encode())
+    for file in [*sources, SOURCES / "null_cuda.h"]:
+        state.update(file.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"torch_fl_null_cuda_{os.getuid()}_{state.hexdigest()[:16]}"
+    library = folder / "libcuda.so.1"  # the name that Triton and torch's run-time compiler load
+    if library.exists():
+        return library
+    folder.mkdir(exist_ok=True)
+    written = {name for file in sources for name in re.findall(r"\b(cublas\w+)\(", file.read_text())}
+    torch_libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cuda*.so"))
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", *map(str, torch_libraries)], capture_output=True, text=True, check=True
+    )
+    names = set(re.findall(r"\b(cublas[A-Z]\w*)", symbols.stdout)) - written
+    # Written under names of our own and renamed at the end: tests of several processes may build it at once.
+    own = f"{os.getpid()}.tmp"
+    (folder / f"names.{own}").write_text("".join(f"CALL({name})\n" for name in sorted(names)))
+    command = ["c++", "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1"]
+    command += [f'-DCUBLAS_NAMES="{folder}/names.{own}"', "-o", str(folder / own)]
+    for include in cuda_includes().split("|"):
+        command += ["-isystem", include]
+    done = subprocess.run([*command, *map(str, sources), "-ldl"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / own).rename(library)
+    return library
+
+
+def environment(devices: int = 1, **settings) -> dict[str, str]:
+    """Environment variables for a process on the null CUDA; settings are NULL_CUDA_* without the prefix."""
+    library = build()
+    variables = {f"NULL_CUDA_{name.upper()}": str(value) for name, value in settings.items()}
+    path = f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+    return variables | {
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": path,
+        "FLAGOS_ACCELERATOR": "cuda",
+        "NULL_CUDA_DEVICES": str(devices),
+    }
+
+
+def active() -> bool:
+    """Whether this process runs on the null CUDA."""
+    return "libcuda.so.1" in os.environ.get("LD_PRELOAD", "") and "null_cuda" in os.environ["LD_PRELOAD"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library that this process was started with."""
+    loaded = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    loaded.null_cuda_read.restype = ctypes.c_size_t
+    loaded.null_cuda_read.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    loaded.null_cuda_launches.restype = ctypes.c_ulonglong
+    loaded.null_cuda_fail.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    return loaded
+
+
+def launches(call) -> tuple[list[str], object]:
+    """The log of what `call()` did on the device, one line per kernel, copy or library call, and its result."""
+    null = library()
+    null.null_cuda_log(1)
+    try:
+        result = call()
+    finally:
+        room = null.null_cuda_read(None, 0)
+        text = ctypes.create_string_buffer(room + 1)
+        null.null_cuda_read(text, room)
+        null.null_cuda_log(0)
+    return text.raw[:room].decode().splitlines(), result
