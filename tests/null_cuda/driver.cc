@@ -142,6 +142,11 @@ CUresult cuCtxGetDevice(CUdevice* out) {
   *out = current_device();
   return CUDA_SUCCESS;
 }
+CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t* out, CUlimit) {
+  *out = 0;
+  return CUDA_SUCCESS;
+}
 CUresult cuGetErrorString(CUresult error, const char** out) {
   *out = cudaGetErrorString(cudaError_t(error));
   return CUDA_SUCCESS;
