@@ -22,7 +22,7 @@ WHOLE = """
 _to_copy clone zeros_like ones_like full_like zeros ones full arange arange.start repeat stack embedding
 select_backward slice_backward rsub.Tensor rsub.Scalar add.Scalar sub.Scalar mul.Scalar div.Scalar
 add_.Scalar sub_.Scalar mul_.Scalar div_.Scalar new_zeros new_full new_ones masked_fill.Scalar masked_fill.Tensor
-mean logsumexp convolution _convolution convolution_backward mode.values conj_physical_ _lazy_clone
+mean logsumexp _convolution convolution_backward mode.values conj_physical_ _lazy_clone
 """.split()
 
 # Ours by hand (csrc/aten/*.cc): registered before the tables, listed here only to save their compilation.

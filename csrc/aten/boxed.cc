@@ -149,8 +149,11 @@ void register_layout(c10::DispatchKey native_key, c10::DispatchKey flagos_key, c
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const auto& name : dispatcher.getRegistrationsForDispatchKey(native_key)) {
     const auto op = dispatcher.findOp(name);
-    if (!op || !op->hasSchema() || op->hasKernelForDispatchKey(flagos_key) ||
-        op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
+    if (!op || !op->hasSchema() || op->hasKernelForDispatchKey(flagos_key)) continue;
+    // As in register.cc: a composition is left alone, unless torch has a derivative for the operator as a whole, which
+    // for linear and matmul of nested tensors it has.
+    if (op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
+        !op->hasKernelForDispatchKey(c10::DispatchKey::Autograd)) {
       continue;
     }
     handles->push_back(dispatcher.registerImpl(name, flagos_key, kernel(), std::nullopt, nullptr, "flagos layout"));

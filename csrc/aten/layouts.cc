@@ -117,9 +117,11 @@ at::Tensor Call::result_layout(const at::Tensor& t) {
   }
   if (keys.has(DispatchKey::NestedTensor)) {
     auto* nested = static_cast<NestedTensorImpl*>(impl);
-    return at::detail::make_tensor<NestedTensorImpl>(
-        storage_of(impl->unsafe_storage().unsafeGetStorageImpl()), DispatchKeySet(DispatchKey::NestedTensorPrivateUse1),
-        impl->dtype(), nested->get_nested_sizes(), nested->get_nested_strides(), nested->get_storage_offsets());
+    // Some derivatives (linear, matmul) exist for nested tensors only, under a key of theirs.
+    const DispatchKeySet key_set({DispatchKey::NestedTensorPrivateUse1, DispatchKey::AutogradNestedTensor});
+    return at::detail::make_tensor<NestedTensorImpl>(storage_of(impl->unsafe_storage().unsafeGetStorageImpl()), key_set,
+                                                     impl->dtype(), nested->get_nested_sizes(),
+                                                     nested->get_nested_strides(), nested->get_storage_offsets());
   }
   if (keys.has(DispatchKey::Quantized) && impl->has_storage()) {
     auto* quantized = static_cast<at::QTensorImpl*>(impl);

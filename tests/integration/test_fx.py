@@ -83,10 +83,6 @@ def test_jit_script_of_a_convolution(net, x):
     assert torch.equal(torch.jit.script(net)(x), net(x))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the tracer records _convolution, which the CPU kernel of the relabelled convolution calls, as a constant",
-)
 def test_jit_trace_of_a_convolution(net, x):
     assert torch.equal(torch.jit.trace(net, x)(x), net(x))
 

@@ -155,16 +155,25 @@ def test_nested_moves(device):
         assert torch.equal(part, reference)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch.linear of a nested tensor takes the composed path, which asks for its sizes"
-)
 def test_nested_linear(device):
     torch.manual_seed(0)
-    layer = torch.nn.Linear(3, 2)
-    expected = layer(torch.nested.nested_tensor(PARTS)).unbind()
-    result = layer.to(device)(torch.nested.nested_tensor(PARTS).to(device)).unbind()
-    for part, reference in zip(result, expected, strict=True):
-        torch.testing.assert_close(part.cpu(), reference.detach(), check_device=False)
+    layer, results = torch.nn.Linear(3, 2), {}
+    for where in ("cpu", device):
+        layer = layer.to(where)
+        layer.zero_grad()
+        out = layer(torch.nested.nested_tensor(PARTS).to(where)).unbind()
+        sum(part.square().sum() for part in out).backward()
+        results[where] = [*(part.detach().cpu() for part in out), layer.weight.grad.to("cpu", copy=True)]
+    for here, there in zip(results[device], results["cpu"], strict=True):
+        torch.testing.assert_close(here, there)
+
+
+def test_nested_matmul(device):
+    left, right = torch.nested.nested_tensor(PARTS), torch.nested.nested_tensor([part.t() for part in PARTS])
+    expected = torch.matmul(left, right).unbind()
+    for part, reference in zip(torch.matmul(left.to(device), right.to(device)).unbind(), expected, strict=True):
+        assert part.is_flagos
+        torch.testing.assert_close(part.cpu(), reference)
 
 
 def test_quantized(device):
