@@ -43,9 +43,10 @@ def _start() -> None:
         _cuda.warn_of_version(torch.version.cuda)
 
     # 3. Routes: which backend serves which operator. An error here leaves the device unregistered.
-    from torch_fl import routing
+    from torch_fl import _profiling, routing
 
     routing.configure(chip)
+    _profiling.configure()
 
     # 4. The name, the module torch.flagos, and the methods Tensor.flagos(), Module.flagos(), storage.flagos().
     from torch_fl import flagos
@@ -76,6 +77,7 @@ except Exception as error:
     _failure = error
 else:
     from torch_fl import flagos
+    from torch_fl._profiling import profile_backends
     from torch_fl._report import report
     from torch_fl.routing import (
         chip,
@@ -107,6 +109,7 @@ __all__ = [
     "flagos",
     "get_registered_ops",
     "is_flaggems_enabled",
+    "profile_backends",
     "report",
     "route",
     "routes",

@@ -1,6 +1,6 @@
-"""Finding the operator that goes wrong: compare_with_cpu() and trace().
+"""Finding the operator that goes wrong: compare_with_cpu(), trace() and last_ops().
 
-Both see every operator below autograd, forward and backward, in the threads that run for the `with` block.
+The first two see every operator below autograd, forward and backward, in the threads that run for the `with` block.
 `python -m torch_fl.debug FILE.pt` runs a reproducer that compare_with_cpu() has written.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from torch_fl import flagos, routing
+from torch_fl import _C, flagos, routing
 
 # Relative to the largest element of the expected result: what a different order of summation may cost.
 TOLERANCES = {
@@ -314,7 +314,15 @@ class trace(TorchDispatchMode):
         return "\n".join(str(call) for call in self.calls)
 
 
-__all__ = ["Call", "Difference", "compare_with_cpu", "reproduce", "trace"]
+def last_ops() -> dict[str, list[tuple[str, str]]]:
+    """The last operators of every thread, newest first, with the backends that serve them now.
+
+    Always recorded; errors that surface late name them too. The calling thread's key is "".
+    """
+    return {thread: [(op, _backend(op)) for op in ops] for thread, ops in _C._last_ops()}
+
+
+__all__ = ["Call", "Difference", "compare_with_cpu", "last_ops", "reproduce", "trace"]
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 // call.cc: aliases, their pool, and the way back (call.h).
 #include "csrc/aten/call.h"
 
+#include "csrc/runtime/device_trace.h"
 #include "csrc/runtime/generator.h"
+#include "csrc/runtime/last_ops.h"
 
 namespace flagos {
 
@@ -39,6 +41,7 @@ struct AliasPool {
   AliasImpl* item[kCapacity];
   int size = 0;
   bool closed = false;  // the thread is ending, and its later calls must not refill what nobody will empty
+  SharedLastOps last_ops;
 
   c10::intrusive_ptr<AliasImpl> take() {
     if (C10_LIKELY(size > 0)) return c10::intrusive_ptr<AliasImpl>::reclaim(item[--size]);
@@ -72,7 +75,10 @@ AliasPool& this_threads_pool() {
 Call::Call() : pool_(this_threads_pool()) {}
 
 Call::~Call() {
-  if (entered_) native_call_device = outer_device_;
+  if (entered_) {
+    native_call_device = outer_device_;
+    if (C10_UNLIKELY(tracing_device()) && native.entry) end_host_kernel();
+  }
   // Backwards: a tensor that was passed twice shares one alias, which its first position owns.
   for (size_t i = alias_.size(); i-- > 0;) {
     if (origin_[i].pooled) {
@@ -193,7 +199,10 @@ void Call::enter(const char* op, bool mixed_allowed) {
   outer_device_ = native_call_device;
   entered_ = true;
   native_call_device = index_;
-  if (native.entry) platform().enter_native(index_);
+  if (native.entry) {
+    platform().enter_native(index_);
+    if (C10_UNLIKELY(tracing_device())) begin_host_kernel(op, index_);
+  }
 }
 
 void Call::write_back() {

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "csrc/aten/call.h"
+#include "csrc/aten/route.h"
 
 namespace flagos {
 
@@ -41,7 +42,12 @@ void copy_asynchronously(const at::Tensor& self, const at::Tensor& src) {
 }
 
 void copy(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
+  static const std::string name("copy_");
+  remember_op(name);
   if (asynchronous(self, src, non_blocking)) return copy_asynchronously(self, src);
+  if (C10_UNLIKELY(sync_debug_mode() != 0) && is_flagos(self) != is_flagos(src) && self.numel() > 0) {
+    report_synchronizing(name);
+  }
   BelowAutograd below;
   Call call;
   const auto to = call.add(self, /*write=*/true);

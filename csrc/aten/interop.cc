@@ -5,6 +5,7 @@
 #include "csrc/aten/interop.h"
 
 #include "csrc/aten/call.h"
+#include "csrc/runtime/last_ops.h"
 
 namespace flagos {
 
@@ -77,9 +78,9 @@ at::Tensor from_native(const at::Tensor& t, int64_t index) {
 }
 
 void name_operator(c10::AcceleratorError& error, const char* op) {
-  error.add_context(
-      c10::str("flagos: the error surfaced in ", op, "; kernels run asynchronously, so one that was ",
-               "launched earlier may have caused it. CUDA_LAUNCH_BLOCKING=1 makes it surface at its cause."));
+  error.add_context(c10::str("flagos: the error surfaced in ", op, "; kernels run asynchronously, so one that was ",
+                             "launched earlier may have caused it; ", last_ops_text(),
+                             ". CUDA_LAUNCH_BLOCKING=1 makes it surface at its cause."));
 }
 
 }  // namespace flagos

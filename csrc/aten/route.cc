@@ -1,6 +1,8 @@
 // route.cc: the routing table: slots, backends, resolution, the slow path (route.h).
 #include "csrc/aten/route.h"
 
+#include <ATen/record_function.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <mutex>
@@ -32,6 +34,8 @@ std::vector<Backend>& backends() {
 // What makes calls unusual. Any of them turns the fast pointers off.
 std::atomic<bool> logging{false};
 std::atomic<bool> counting{false};
+std::atomic<int> annotating{0};
+std::atomic<int> sync_mode{0};
 std::atomic<int> threads_with_routes{0};
 
 struct ThreadRoutes {
@@ -41,6 +45,7 @@ thread_local ThreadRoutes thread_routes;
 
 bool usual() {
   return !logging.load(std::memory_order_relaxed) && !counting.load(std::memory_order_relaxed) &&
+         annotating.load(std::memory_order_relaxed) == 0 && sync_mode.load(std::memory_order_relaxed) == 0 &&
          threads_with_routes.load(std::memory_order_relaxed) == 0;
 }
 
@@ -50,7 +55,7 @@ void update_fast(Slot& slot) {
   slot.fast.store(direct ? decision->kernel.typed : nullptr, std::memory_order_release);
 }
 
-// Changes one of the three and then every fast pointer, so that two threads cannot leave them at odds.
+// Changes one of them and then every fast pointer, so that two threads cannot leave them at odds.
 template <class Change>
 auto change_usual(Change change) {
   auto& t = table();
@@ -128,6 +133,19 @@ Slot& slot_named(Table& t, const std::string& name) {
     throw ConfigError("unknown operator '" + name + "'" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
   }
   throw ConfigError("operator '" + name + "' has no route: it is composed of other operators; route those");
+}
+
+// The result's size or a number of it has to be known on the host.
+bool synchronizes(const Slot& slot) {
+  return slot.op && (slot.op->hasTag(at::Tag::dynamic_output_shape) || slot.op->hasTag(at::Tag::data_dependent_output));
+}
+
+std::unique_ptr<at::RecordFunction> range_of(const Slot& slot, const std::string& backend) {
+  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE);
+  if (!callbacks) return nullptr;  // no profiler
+  auto range = std::make_unique<at::RecordFunction>(std::move(*callbacks));
+  range->before("flagos::" + slot.name + "[" + backend + "]");
+  return range;
 }
 
 Slot& slot_of_boxed(const c10::OperatorHandle& op) {
@@ -215,12 +233,21 @@ const Decision& take_slow_path(Slot& slot) {
   if (logging.load(std::memory_order_relaxed)) {
     std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", slot.name.c_str(), resolution.backend.c_str());
   }
+  if (sync_mode.load(std::memory_order_relaxed) && synchronizes(slot)) report_synchronizing(slot.name);
   return *decision;
 }
 
+SlowCall::SlowCall(Slot& slot) : decision_(take_slow_path(slot)) {
+  if (annotating.load(std::memory_order_relaxed)) range_ = range_of(slot, decision_.resolution.backend);
+}
+
+SlowCall::~SlowCall() = default;
+
 void boxed_route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  const auto& decision = take_slow_path(slot_of_boxed(op));
-  decision.kernel.boxed(op, keys, stack);
+  auto& slot = slot_of_boxed(op);
+  remember_op(slot.name);
+  const SlowCall slow(slot);
+  slow.decision().kernel.boxed(op, keys, stack);
 }
 
 void add_slot(Slot& slot, const c10::OperatorHandle& op) {
@@ -313,6 +340,23 @@ std::vector<CallCount> call_counts() {
 
 bool set_logging(bool on) {
   return change_usual([on] { return logging.exchange(on); });
+}
+
+void set_annotating(bool on) {
+  change_usual([on] { return annotating.fetch_add(on ? 1 : -1); });
+}
+
+void set_sync_debug_mode(int mode) {
+  change_usual([mode] { return sync_mode.exchange(mode); });
+}
+
+int sync_debug_mode() { return sync_mode.load(std::memory_order_relaxed); }
+
+void report_synchronizing(const std::string& op) {
+  const std::string text = "flagos: " + op + " makes the host wait for the device (sync debug mode)";
+  TORCH_CHECK(sync_debug_mode() != 2, text,
+              "; keep the value on the device, or copy it with non_blocking=True from or to pinned memory");
+  TORCH_WARN(text);
 }
 
 bool set_counting(bool on) {

@@ -2,8 +2,8 @@
 //
 //   at::mm(x, y) -> dispatcher (Autograd, Autocast: torch's own) -> key PrivateUse1 -> Route<at::_ops::mm>::call
 //     -> slot.fast: one pointer load, one test, one call of the typed kernel, for example Relabel<at::_ops::mm>::call.
-//   When the pointer is null something unusual is on (logging, counting, a thread's own routes, a kernel that takes
-//   boxed arguments, an error to throw): take_slow_path() says which decision serves this call.
+//   When the pointer is null something unusual is on (logging, counting, annotating, a thread's own routes, a kernel
+//   that takes boxed arguments, an error to throw): a SlowCall says which decision serves this call.
 //   Operators without a Route of their own (other libraries', newer torch's) arrive in boxed_route(): same slots, by
 //   name.
 #pragma once
@@ -18,6 +18,11 @@
 #include <vector>
 
 #include "csrc/aten/resolve.h"
+#include "csrc/runtime/last_ops.h"
+
+namespace at {
+struct RecordFunction;
+}
 
 namespace flagos {
 
@@ -57,6 +62,20 @@ struct Slot {
 // What serves this call; logs and counts it. Throws the decision's error.
 const Decision& take_slow_path(Slot& slot);
 
+// One call off the fast path: take_slow_path(), with a range for the profiler as long as the kernel runs.
+class SlowCall {
+ public:
+  explicit SlowCall(Slot& slot);
+  SlowCall(const SlowCall&) = delete;
+  SlowCall& operator=(const SlowCall&) = delete;
+  ~SlowCall();
+  const Decision& decision() const { return decision_; }
+
+ private:
+  const Decision& decision_;
+  std::unique_ptr<at::RecordFunction> range_;
+};
+
 template <class Op, class Schema = typename Op::schema>
 struct Route;
 
@@ -65,9 +84,15 @@ struct Route<Op, R(A...)> {
   static inline Slot slot;
 
   static R call(A... a) {
+    remember_op(slot.name);
     void* kernel = slot.fast.load(std::memory_order_relaxed);
     if (C10_LIKELY(kernel != nullptr)) return reinterpret_cast<R (*)(A...)>(kernel)(std::forward<A>(a)...);
-    const Decision& decision = take_slow_path(slot);
+    return call_slowly(std::forward<A>(a)...);
+  }
+
+  C10_NOINLINE static R call_slowly(A... a) {  // apart, so that the fast path needs no stack frame
+    const SlowCall slow(slot);
+    const Decision& decision = slow.decision();
     if (decision.kernel.typed) return reinterpret_cast<R (*)(A...)>(decision.kernel.typed)(std::forward<A>(a)...);
     return c10::impl::BoxedKernelWrapper<R(A...)>::call(decision.boxed, *slot.op, c10::DispatchKeySet(),
                                                         std::forward<A>(a)...);
@@ -130,6 +155,12 @@ struct CallCount {
 std::vector<CallCount> call_counts();
 bool set_logging(bool on);   // returns the previous value
 bool set_counting(bool on);  // likewise; turning it on sets the counts to zero
+// Likewise: while a profiler runs, a range "flagos::mm[backend]" around every kernel. Counted: off when all are off.
+void set_annotating(bool on);
+// What an operator does that has to wait for the device to know its result: 0 nothing, 1 warns, 2 raises.
+void set_sync_debug_mode(int mode);
+int sync_debug_mode();
+void report_synchronizing(const std::string& op);  // warns or raises as the mode says
 
 // "mm.out": the dispatcher's name without "aten::". The one spelling of an operator's name in confs, logs and tables.
 std::string plain_name(const c10::OperatorName& name);

@@ -13,6 +13,7 @@ void bind_random(pybind11::module_& m);
 void bind_routes(pybind11::module_& m);
 void bind_python_kernels(pybind11::module_& m);
 void bind_sim(pybind11::module_& m);
+void bind_diagnostics(pybind11::module_& m);
 
 using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 

@@ -97,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
   bind_routes(m);
   bind_python_kernels(m);
   bind_sim(m);
+  bind_diagnostics(m);
 }
 
 }  // namespace flagos

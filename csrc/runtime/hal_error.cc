@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include "csrc/runtime/fork.h"
+#include "csrc/runtime/last_ops.h"
 
 namespace flagos {
 namespace {
@@ -32,6 +33,11 @@ const char* hint(flagos_status status) {
   }
 }
 
+// Whether the cause may be work that was queued earlier.
+bool may_be_late(flagos_status status) {
+  return status == FLAGOS_INTERNAL || status == FLAGOS_DEVICE_LOST || status == FLAGOS_TIMEOUT;
+}
+
 }  // namespace
 
 std::string hal_error_text(const flagos_hal* hal, const char* what, int device, flagos_status status) {
@@ -40,7 +46,12 @@ std::string hal_error_text(const flagos_hal* hal, const char* what, int device, 
   if (device >= 0) text += " on flagos:" + std::to_string(device);
   text += std::string(" (") + hal->name + "): " + flagos_status_name(status);
   if (!chip_message.empty()) text += " " + chip_message;
-  return text + "; " + hint(status);
+  text += std::string("; ") + hint(status);
+  if (may_be_late(status)) {
+    const std::string ops = last_ops_text();
+    if (!ops.empty()) text += "; " + ops;
+  }
+  return text;
 }
 
 void throw_hal_error(const flagos_hal* hal, const char* what, int device, flagos_status status) {

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "csrc/runtime/device_trace.h"
 #include "csrc/runtime/fork.h"
 #include "csrc/runtime/generator.h"
 #include "csrc/runtime/hal_error.h"
@@ -24,6 +25,9 @@ int count_devices(const flagos_hal* hal) {
 bool has_entry(const flagos_hal* hal, const void* entry) {
   return static_cast<const char*>(entry) < reinterpret_cast<const char*>(hal) + hal->struct_size;
 }
+
+// As torch's profiler names them elsewhere, by flagos_copy_kind.
+const char* const kCopyNames[] = {"Memcpy", "Memcpy HtoD", "Memcpy DtoH", "Memcpy DtoD", "Memcpy HtoH"};
 
 }  // namespace
 
@@ -177,7 +181,10 @@ void HalPlatform::copy_bytes(void* dst, c10::Device dst_device, const void* src,
   const int kind = to_device ? (from_device ? FLAGOS_COPY_DEVICE_TO_DEVICE : FLAGOS_COPY_HOST_TO_DEVICE)
                              : (from_device ? FLAGOS_COPY_DEVICE_TO_HOST : FLAGOS_COPY_HOST_TO_HOST);
   const auto index = s.device_index();
-  hal_check(hal_, "copying", index, hal_->copy_async(index, dst, src, nbytes, kind, handle(s)));
+  {
+    const QueuedSpan span(DeviceSpan::kCopy, kCopyNames[kind], s, nbytes);
+    hal_check(hal_, "copying", index, hal_->copy_async(index, dst, src, nbytes, kind, handle(s)));
+  }
   bool wait = false;
   for (const void* host : {to_device ? nullptr : static_cast<const void*>(dst), from_device ? nullptr : src}) {
     if (host == nullptr) continue;

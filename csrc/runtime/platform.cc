@@ -25,6 +25,7 @@ void set_platform(Platform* platform) {
   TORCH_CHECK(g_platform.compare_exchange_strong(expected, platform), "flagos: the chip is already '",
               expected ? expected->chip() : "", "'; it is chosen once per process (FLAGOS_ACCELERATOR)");
   register_hooks();
+  register_profiler();
 }
 
 Platform& platform() {

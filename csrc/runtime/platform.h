@@ -12,6 +12,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -26,9 +27,11 @@ inline c10::Device flagos_device(c10::DeviceIndex index) { return c10::Device(kF
 
 // One segment of device memory and its blocks in address order, for memory snapshots. c10's own types for this move
 // between releases.
+using MemoryContext = std::shared_ptr<c10::GatheredContext>;  // where memory was asked for, when history is recorded
 struct MemoryBlock {
   size_t size, requested_size;
   enum State { kAllocated, kAwaitingFree, kInactive } state;
+  MemoryContext context = nullptr;
 };
 struct MemorySegment {
   uintptr_t address;
@@ -36,6 +39,8 @@ struct MemorySegment {
   c10::Stream stream;
   bool is_large;
   std::vector<MemoryBlock> blocks;
+  c10::MempoolId_t pool = {0, 0};
+  MemoryContext context = nullptr;
 };
 
 class Platform {

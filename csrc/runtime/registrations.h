@@ -5,5 +5,7 @@ namespace flagos {
 
 // Hands PyTorch the PrivateUse1 hooks; later calls do nothing.
 void register_hooks();
+// Likewise the profiler's side of the device.
+void register_profiler();
 
 }  // namespace flagos

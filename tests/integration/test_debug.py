@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
+import torch_fl
 from torch_fl import debug
 
 
@@ -166,3 +168,54 @@ def test_error_carries_the_last_operators(device):
         x @ x
     (note,) = error.value.__notes__
     assert "exp(float32[2, 3])" in note and "mm(" in note and "ones" not in note
+
+
+def test_last_operators_are_known_without_a_trace(device):
+    x = torch.ones(2, 3, device=device)
+    x.exp()
+    x @ x.t()
+    (mm, backend), (exp, _) = debug.last_ops()[""][:2]
+    assert (mm, exp) == ("mm", "exp") and backend == debug._backend("mm")
+    for _ in range(100):
+        x.exp()
+    assert [op for op, _ in debug.last_ops()[""]] == ["exp"] * 16
+
+
+def test_last_operators_of_other_threads(device):
+    x = torch.ones(2, 3, device=device)
+    ready, done = threading.Event(), threading.Event()
+
+    def other():
+        x.sinh()
+        ready.set()
+        done.wait()
+
+    before = len(debug.last_ops())
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait()
+    x.cosh()
+    found = debug.last_ops()
+    done.set()
+    thread.join()
+    assert found[""][0][0] == "cosh"
+    assert [ops[0][0] for thread, ops in found.items() if thread and ops and ops[0][0] == "sinh"] == ["sinh"]
+    assert len(debug.last_ops()) == before, "an ended thread is still listed"
+
+
+@pytest.mark.skipif(torch_fl.chip() != "host", reason="faults are injected into the simulated device")
+def test_asynchronous_error_names_the_last_operators(device):
+    """Forward, backward (in autograd's thread) and what came before are in the error, with no trace() on."""
+    sim = torch_fl._C._sim
+    x = torch.ones(4, 4, device=device, requires_grad=True)
+    x.sinh().sum().backward()
+    sim.set_fail("device_sync@1=INTERNAL")
+    try:
+        with pytest.raises(RuntimeError) as error:
+            torch_fl.flagos.synchronize()
+    finally:
+        sim.set_fail("")
+    text = str(error.value).split("\n")[0]
+    assert "INTERNAL" in text and "last operators, newest first: " in text, text
+    own, _, others = text.partition("of thread")
+    assert "sum" in own and "sinh" in own and "cosh" in others, text

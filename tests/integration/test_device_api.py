@@ -21,10 +21,11 @@ TABLE = [row for row in device_api_doc.rows() if row.ours]
 
 @contextlib.contextmanager
 def grown(read):
-    """The number that `read` gives is at least 1 MiB larger while a tensor of 1 MiB lives."""
+    """The number that `read` gives is at least 12 MiB larger while a tensor of 12 MiB lives, which no cache holds."""
+    f.empty_cache()
     before = read()
-    x = torch.ones(MIB // 4, device="flagos")
-    assert read() >= before + MIB
+    x = torch.ones(3 * MIB, device="flagos")
+    assert read() >= before + 12 * MIB
     yield
     del x
 
@@ -155,19 +156,26 @@ def snapshot():
 
 def sync_debug():
     assert f.get_sync_debug_mode() == 0
-    f.set_sync_debug_mode("default")
-    if torch_fl.chip() == "cuda":
-        f.set_sync_debug_mode("error")
-        try:
-            with pytest.raises(RuntimeError, match="synchroniz"):
-                torch.ones(1, device="flagos").item()
-        finally:
-            f.set_sync_debug_mode(0)
-    else:
-        with pytest.raises(NotImplementedError, match="hidden synchronisation"):
-            f.set_sync_debug_mode("warn")
     with pytest.raises((RuntimeError, ValueError), match="invalid value"):
         f.set_sync_debug_mode("loud")
+    x = torch.ones(4, device="flagos")
+    pinned = torch.ones(4).pin_memory()
+    waiting = [lambda: x.sum().item(), x.nonzero, lambda: x[x > 0], x.cpu, lambda: torch.ones(4).to("flagos")]
+    try:
+        f.set_sync_debug_mode("error")
+        assert f.get_sync_debug_mode() == 2
+        for wait in waiting:
+            with pytest.raises(RuntimeError, match=r"synchroniz|makes the host wait"):
+                wait()
+        y = (x + 1).relu() @ x  # nobody waits for these
+        pinned.to("flagos", non_blocking=True)
+        f.synchronize()
+        f.set_sync_debug_mode(1)
+        with pytest.warns(UserWarning, match=r"synchroniz|makes the host wait"):
+            assert y.item() == 8
+    finally:
+        f.set_sync_debug_mode("default")
+    assert f.get_sync_debug_mode() == 0 and x.sum().item() == 4
 
 
 def devices(choose, current):

@@ -1,6 +1,7 @@
 """torch.profiler on flagos: operators with their times, record_function, traces; which backend served."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -95,3 +96,123 @@ def test_memory_of_the_profile(device):
         y = x + 1
         del x, y
     assert any(row.key == "aten::add" for row in prof.key_averages())
+
+
+BOTH = [ProfilerActivity.CPU, ProfilerActivity.PrivateUse1]
+
+
+def device_time(row):
+    return getattr(row, "device_time_total", None) or getattr(row, "cuda_time_total", 0)
+
+
+def test_operators_have_device_times(work):
+    """The device's spans hang at the operators that caused them, forward and backward, and add up for regions."""
+    with profile(activities=BOTH) as prof:
+        work()
+    rows = {}
+    for row in prof.key_averages():
+        rows[row.key] = max(device_time(row), rows.get(row.key, 0))
+    for name in ("aten::mm", "aten::relu", "aten::threshold_backward", "MmBackward0", "my region"):
+        assert rows[name] > 0, (name, rows)
+    assert rows["MmBackward0"] < rows["aten::mm"] and rows["my region"] > rows["aten::relu"]
+    table = prof.key_averages().table(sort_by="self_device_time_total", row_limit=10)
+    assert "Self FLAGOS" in table and "aten::mm" in table
+
+
+def test_device_time_is_counted_once(device):
+    x = torch.randn(200, 200, device=device)
+    torch_fl.flagos.synchronize()
+    with profile(activities=BOTH) as prof:
+        torch.linalg.multi_dot([x, x, x, x])
+        torch_fl.flagos.synchronize()
+    ours = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    spans = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.PrivateUse1]
+    total = sum(e.time_range.elapsed_us() for e in spans)
+    assert total > 0 and sum(e.self_device_time_total for e in ours) == pytest.approx(total, rel=1e-3)
+
+
+def test_copies_have_spans_and_streams(device):
+    side = torch_fl.flagos.Stream()
+    host = torch.ones(1 << 20).pin_memory()
+    with profile(activities=BOTH) as prof:
+        with torch_fl.flagos.stream(side):
+            host.to(device, non_blocking=True)
+        side.synchronize()
+    (copy,) = [e for e in prof.events() if e.name.startswith("Memcpy HtoD")]
+    assert copy.time_range.elapsed_us() > 0
+    (op,) = [e for e in prof.events() if e.name == "aten::copy_"]
+    assert [k.name for k in op.kernels] == [copy.name] and op.device_time_total > 0
+    assert op.time_range.start - 1000 < copy.time_range.start < op.time_range.end + 1e6
+
+
+def test_chrome_trace_has_the_device(work, tmp_path):
+    with profile(activities=BOTH) as prof:
+        work()
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    operators = {e["args"]["External id"]: e["name"] for e in events if e.get("cat") == "cpu_op"}
+    assert "aten::mm" in {operators.get(k["args"].get("External id")) for k in kernels}
+    assert all(k["dur"] >= 0 for k in kernels)
+
+
+def test_profiles_one_after_the_other(device):
+    """A profile has its own spans only, and none are kept while no profile runs."""
+    x = torch.ones(32, 32, device=device)
+    for names in (("aten::mm",), ("aten::exp", "aten::mul")):
+        with profile(activities=BOTH) as prof:
+            for name in names:
+                getattr(torch, name.removeprefix("aten::"))(x, *([] if name == "aten::exp" else [x]))
+            torch_fl.flagos.synchronize()
+        found = {e.name for e in prof.events() if e.kernels}
+        assert found == set(names)
+        x @ x
+
+
+def test_profile_while_other_threads_work(device):
+    """Their spans may be in the profile or not; nothing breaks and ours are right."""
+    stop = threading.Event()
+
+    def other():
+        y = torch.ones(8, 8, device=device)
+        while not stop.is_set():
+            y = (y @ y).clamp(max=1)
+
+    threads = [threading.Thread(target=other) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            x = torch.ones(16, 16, device=device)
+            with profile(activities=BOTH) as prof:
+                (x + 1).exp()
+            (exp,) = [e for e in prof.events() if e.name == "aten::exp"]
+            assert len(exp.kernels) == 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_events_without_kineto(work):
+    with torch.autograd.profiler.profile(use_device="flagos", use_kineto=False) as prof:
+        work()
+    assert {row.key: row for row in prof.key_averages()}["aten::mm"].device_time_total > 0
+
+
+def test_backends_are_annotated_when_asked_for(device):
+    x = torch.ones(8, 8, device=device)
+
+    def names():
+        with profile(activities=[ProfilerActivity.CPU]) as prof:
+            x @ x
+        return {event.name for event in prof.events()}
+
+    backend = next(step.backend for step in torch_fl.explain("mm") if step.chosen)
+    with torch_fl.profile_backends():
+        assert f"flagos::mm[{backend}]" in names()
+        with torch_fl.route(mm="cpu"), pytest.warns(UserWarning, match="runs on the CPU"):
+            assert "flagos::mm[cpu]" in names()
+        x @ x  # no profiler: nothing to annotate
+    assert not any(name.startswith("flagos::") for name in names())

@@ -343,6 +343,7 @@ double measure(Fixture& f, size_t size, int live, int threads) {
 namespace flagos {
 // The registrations of libtorch_fl.so are not part of this program when it is built from single sources.
 __attribute__((weak)) void register_hooks() {}
+__attribute__((weak)) void register_profiler() {}
 }  // namespace flagos
 
 int main(int argc, char**) {

@@ -54,22 +54,28 @@ def is_tf32_supported() -> bool:
     return _C._chip() == "cuda" and torch.cuda.is_tf32_supported()
 
 
+_SYNC_DEBUG_MODES = ("default", "warn", "error")
+
+
 def get_sync_debug_mode() -> int:
     """0: hidden synchronisation is silent, 1: it warns, 2: it raises."""
-    return torch.cuda.get_sync_debug_mode() if _C._chip() == "cuda" else 0
+    return torch.cuda.get_sync_debug_mode() if _C._chip() == "cuda" else _C._get_sync_debug_mode()
 
 
 def set_sync_debug_mode(debug_mode: int | str) -> None:
-    """Makes hidden synchronisation silent ("default", 0), warn ("warn", 1) or raise ("error", 2). For the chip cuda."""
+    """Makes operators that make the host wait silent ("default", 0), warn ("warn", 1) or raise ("error", 2).
+
+    Those are copies between host and device that block, and operators whose result the host must know: `item`,
+    `nonzero`, indexing with a mask. synchronize() and waiting for a stream or an event are meant, so they pass.
+    """
+    if isinstance(debug_mode, str) and debug_mode in _SYNC_DEBUG_MODES:
+        debug_mode = _SYNC_DEBUG_MODES.index(debug_mode)
+    if isinstance(debug_mode, bool) or debug_mode not in (0, 1, 2):
+        raise ValueError(f'invalid value of debug_mode: {debug_mode!r}, expected one of "default", "warn", "error"')
     if _C._chip() == "cuda":
         torch.cuda.set_sync_debug_mode(debug_mode)
-    elif debug_mode in ("warn", "error", 1, 2):
-        raise NotImplementedError(
-            f"torch.flagos.set_sync_debug_mode({debug_mode!r}): the chip {_C._chip()} does not report hidden "
-            "synchronisation; only cuda does"
-        )
-    elif debug_mode not in ("default", 0):
-        raise ValueError(f'invalid value of debug_mode: {debug_mode!r}, expected one of "default", "warn", "error"')
+    else:
+        _C._set_sync_debug_mode(debug_mode)
 
 
 __all__ = [
