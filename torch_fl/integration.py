@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from torch_fl import _C, _build, _env, flaggems
+from torch_fl import _C, _build, _env, flaggems, plans
 
 # FlagGems' name for the maker of each chip.
 VENDORS = {"cuda": "nvidia", "metax": "metax", "ascend": "ascend"}
@@ -152,6 +152,8 @@ def _load(op: str):
             _C._set_python_kernels(reason, _kernels, _load)
             _C._reconfigure()
             return None
+        if _C._plans_on():
+            plans.hook()
     function = _functions.get(op)
     if function is None:
         raise RuntimeError(

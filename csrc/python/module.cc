@@ -96,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
   bind_random(m);
   bind_routes(m);
   bind_python_kernels(m);
+  bind_plans(m);
   bind_sim(m);
   bind_diagnostics(m);
 }

@@ -18,6 +18,7 @@
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
 #include "csrc/python/bindings.h"
+#include "csrc/python/plans.h"
 
 namespace py = pybind11;
 
@@ -47,6 +48,7 @@ struct PythonKernel {
   std::atomic<const Decision*> next{nullptr};  // serves calls that this kernel must not
   std::atomic<uint64_t> passed_on{0};          // calls outside the limits
   std::atomic<bool> warned{false};
+  PlanTable plans;
 };
 
 // Read while routes are resolved, on any thread, without the GIL.
@@ -248,6 +250,22 @@ PyObject* load(PythonKernel& kernel) {
   return nullptr;
 }
 
+// Calls the function with the arguments under the native label and gives the results the label flagos.
+void call_python(const PythonKernel& kernel, const c10::OperatorHandle& op, torch::jit::Stack* stack,
+                 PyObject* function, Recording* recording) {
+  relabel_call(op, stack, [&] {
+    py::gil_scoped_acquire gil;
+    try {
+      if (recording) return record_call(op, stack, *recording, [&] { call_function(op, stack, function); });
+      call_function(op, stack, function);
+    } catch (py::error_already_set& error) {
+      const auto note = "flagos: raised by the " + std::string(kName) + " kernel of " + kernel.name;
+      if (py::hasattr(error.value(), "add_note")) error.value().attr("add_note")(note);
+      rethrow(error);
+    }
+  });
+}
+
 void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 
 // The routes have changed under this call; the wish's own error when it asked for this backend.
@@ -275,16 +293,11 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
   auto* function = kernel.function.load(std::memory_order_acquire);
   if (C10_UNLIKELY(!function) && !(function = load(kernel))) return call_again(op, keys, stack);
   const Running mark(&kernel);
-  relabel_call(op, stack, [&] {
-    py::gil_scoped_acquire gil;
-    try {
-      call_function(op, stack, function);
-    } catch (py::error_already_set& error) {
-      const auto note = "flagos: raised by the " + std::string(kName) + " kernel of " + kernel.name;
-      if (py::hasattr(error.value(), "add_note")) error.value().attr("add_note")(note);
-      rethrow(error);
-    }
-  });
+  if (plans_on()) {
+    return run_planned(kernel.plans, op, stack,
+                       [&](Recording* recording) { call_python(kernel, op, stack, function, recording); });
+  }
+  call_python(kernel, op, stack, function, nullptr);
 }
 
 // ---- the backend
@@ -373,6 +386,24 @@ std::map<std::string, uint64_t> passed_on() {
   return rows;
 }
 
+// The counts of every operator's plans, of those that have any.
+py::dict plan_counts() {
+  py::dict rows;
+  auto& c = catalogue();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  for (const auto& [name, kernel] : c.kernels) {
+    const auto counts = kernel->plans.counts();
+    if (counts.hits || counts.misses || !counts.refused.empty()) rows[py::str(name)] = counts_as_dict(counts);
+  }
+  return rows;
+}
+
+void clear_plans() {
+  auto& c = catalogue();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  for (const auto& [name, kernel] : c.kernels) kernel->plans.clear();
+}
+
 }  // namespace
 
 void bind_python_kernels(py::module_& m) {
@@ -382,6 +413,8 @@ void bind_python_kernels(py::module_& m) {
   m.def("_set_python_kernels", &set_python_kernels, py::arg("unavailable"), py::arg("kernels"), py::arg("load"));
   // Calls per operator that went to the next backend because they were outside the limits of the Python kernel.
   m.def("_python_kernels_passed_on", &passed_on);
+  m.def("_plan_counts", &plan_counts);
+  m.def("_clear_plans", &clear_plans);
   m.def("_use_flaggems_library", &use_flaggems_library, py::arg("paths"), py::arg("unavailable"));
 }
 

@@ -99,10 +99,13 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def launches(call) -> tuple[list[str], object]:
-    """The log of what `call()` did on the device, one line per kernel, copy or library call, and its result."""
+def launches(call, addresses: bool = False) -> tuple[list[str], object]:
+    """The log of what `call()` did on the device, one line per kernel, copy or library call, and its result.
+
+    A kernel's parameter that is an address in device memory is written as where it lies in which allocation,
+    "[512 of 2097152]", or with `addresses` as it is, "@7f..."."""
     null = library()
-    null.null_cuda_log(1)
+    null.null_cuda_log(2 if addresses else 1)
     try:
         result = call()
     finally:

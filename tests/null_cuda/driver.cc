@@ -71,7 +71,11 @@ std::string text_of(const void* value, size_t size) {
     memcpy(&pointer, value, 8);
     size_t base = 0, bytes = 0;
     if (locate(pointer, &base, &bytes)) {
-      snprintf(text, sizeof text, " [%zu of %zu]", base, bytes);
+      if (showing_addresses()) {
+        snprintf(text, sizeof text, " @%zx", reinterpret_cast<size_t>(pointer));
+      } else {
+        snprintf(text, sizeof text, " [%zu of %zu]", base, bytes);
+      }
       return text;
     }
   }

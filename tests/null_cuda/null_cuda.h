@@ -35,6 +35,7 @@ void count_launch();
 // One line of the log, when it is on; a stream that captures counts it as a node.
 void record(const std::string& line, void* stream);
 bool recording();
+bool showing_addresses();  // in the log, in place of where they lie in which allocation
 // Notes the thread's last error and gives it back.
 cudaError_t fail(cudaError_t error);
 // What the test asked this function to return; the standing error goes before it.

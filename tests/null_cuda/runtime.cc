@@ -8,9 +8,9 @@
 //   NULL_CUDA_DEVICES    number of devices (default 1)         NULL_CUDA_MEMORY   bytes of each (default 8 GiB)
 //   NULL_CUDA_LAUNCH_NS  what a launch takes (default 0)       NULL_CUDA_DRIVER   driver version (default 13000)
 //
-// null_cuda_log(1) empties and starts the log, null_cuda_read() gives its text; null_cuda_fail("cudaMalloc", 2) makes
-// the next call of a function return a number, null_cuda_break(700) makes every later call fail, as an illegal access
-// does.
+// null_cuda_log(1) empties and starts the log, null_cuda_log(2) shows addresses as they are, null_cuda_read() gives its
+// text; null_cuda_fail("cudaMalloc", 2) makes the next call of a function return a number, null_cuda_break(700) makes
+// every later call fail, as an illegal access does.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -36,7 +36,7 @@ struct State {
   std::map<std::string, int> failures;
   std::string log;
   std::atomic<unsigned long long> launches{0};
-  std::atomic<bool> logging{false};
+  std::atomic<int> logging{0};
   std::atomic<int> standing{0};
   int devices = 1, driver = 13000;
   long launch_ns = 0;
@@ -114,7 +114,8 @@ cudaError_t enter(const char* name) {
 int device_count() { return state().devices; }
 int current_device() { return current; }
 void set_current_device(int device) { current = device; }
-bool recording() { return state().logging.load(std::memory_order_relaxed); }
+bool recording() { return state().logging.load(std::memory_order_relaxed) != 0; }
+bool showing_addresses() { return state().logging.load(std::memory_order_relaxed) == 2; }
 cudaError_t standing_error() { return cudaError_t(state().standing.load()); }
 
 void record(const std::string& line, void* stream) {
@@ -140,7 +141,7 @@ using namespace null_cuda;
 NULL_CUDA_API void null_cuda_log(int on) {
   std::lock_guard<std::mutex> lock(state().mutex);
   state().log.clear();
-  state().logging = on != 0;
+  state().logging = on;
 }
 // Copies up to `room` bytes of the log and returns its whole length.
 NULL_CUDA_API size_t null_cuda_read(char* out, size_t room) {
