@@ -8,6 +8,7 @@ namespace flagos {
 void bind_device(pybind11::module_& m);
 void bind_stream(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
+void bind_memory_history(pybind11::module_& m);
 void bind_interop(pybind11::module_& m);
 void bind_random(pybind11::module_& m);
 void bind_routes(pybind11::module_& m);

@@ -47,49 +47,6 @@ py::dict host_memory_stats() {
   return out;
 }
 
-// The structure of torch.cuda.memory_snapshot().
-py::list memory_snapshot() {
-  std::vector<MemorySegment> segments;
-  {
-    py::gil_scoped_release no_gil;
-    segments = platform().memory_snapshot();
-  }
-  const char* const states[] = {"active_allocated", "active_awaiting_free", "inactive"};
-  py::list out;
-  for (const auto& s : segments) {
-    size_t requested = 0, allocated = 0, active = 0, address = s.address;
-    py::list blocks;
-    for (const auto& b : s.blocks) {
-      requested += b.requested_size;
-      allocated += b.state == MemoryBlock::kAllocated ? b.size : 0;
-      active += b.state != MemoryBlock::kInactive ? b.size : 0;
-      py::dict block;
-      block["address"] = address;
-      block["size"] = b.size;
-      block["requested_size"] = b.requested_size;
-      block["state"] = states[b.state];
-      block["frames"] = py::list();
-      blocks.append(block);
-      address += b.size;
-    }
-    py::dict segment;
-    segment["device"] = static_cast<int>(s.stream.device_index());
-    segment["address"] = s.address;
-    segment["total_size"] = s.size;
-    segment["allocated_size"] = allocated;
-    segment["active_size"] = active;
-    segment["requested_size"] = requested;
-    segment["stream"] = s.stream.id();
-    segment["segment_type"] = s.is_large ? "large" : "small";
-    segment["segment_pool_id"] = py::make_tuple(0, 0);
-    segment["is_expandable"] = false;
-    segment["frames"] = py::list();
-    segment["blocks"] = blocks;
-    out.append(segment);
-  }
-  return out;
-}
-
 void record_stream(const at::Tensor& tensor, int64_t id, int64_t index, int64_t type) {
   TORCH_CHECK(tensor.device().type() == kFlagos, "record_stream: expected a flagos tensor, not one on ",
               tensor.device());
@@ -112,7 +69,6 @@ void bind_memory(py::module_& m) {
       },
       NoGil());
   m.def("_raw_delete", [](uintptr_t ptr) { platform().raw_free(reinterpret_cast<void*>(ptr)); }, NoGil());
-  m.def("_memory_snapshot", &memory_snapshot);
   m.def("_record_stream", &record_stream);
   m.def("_host_memory_stats", &host_memory_stats);
   m.def("_host_empty_cache", [] { platform().host_allocator().empty_cache(); }, NoGil());

@@ -92,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   bind_device(m);
   bind_stream(m);
   bind_memory(m);
+  bind_memory_history(m);
   bind_interop(m);
   bind_random(m);
   bind_routes(m);

@@ -75,8 +75,12 @@ inline void DeviceCache::count_free(const Block* block, bool still_active) {
 // ---- blocks and pools
 
 BlockPool& DeviceCache::pool(StreamSlot stream, bool is_small) {
+  if (C10_UNLIKELY(current_mempool.id != 0) && current_mempool.device == device_) return mempool(stream, is_small);
   auto& slot = pools_[stream][is_small ? 0 : 1];
-  if (C10_UNLIKELY(!slot)) slot = std::make_unique<BlockPool>(this, stream, is_small);
+  if (C10_UNLIKELY(!slot)) {
+    slot = std::make_unique<BlockPool>(this, stream, is_small);
+    if (is_small) small_pools_.push_back(slot.get());
+  }
   return *slot;
 }
 
@@ -226,6 +230,7 @@ bool DeviceCache::worth_merging(BlockPool& p) {
 // ---- the two entry points
 
 Block* DeviceCache::allocate(StreamSlot stream, size_t nbytes) {
+  if (C10_UNLIKELY(history_.on())) note_place();
   Lock lock(mutex_);
   if (C10_UNLIKELY(nbytes > kLargestRequest)) throw_out_of_memory(lock, nbytes, false, "");
   const size_t size = rounded(nbytes);
@@ -236,6 +241,7 @@ Block* DeviceCache::allocate(StreamSlot stream, size_t nbytes) {
   block->state = Block::kAllocated;
   block->requested = nbytes;
   count_alloc(block);
+  if (C10_UNLIKELY(history_.on())) note_alloc(block);
   const int64_t allocated = counters_[kAllocatedBytes][0].current;
   const int64_t reserved = counters_[kReservedBytes][0].current;
   void* const address = block->device_ptr;
@@ -248,7 +254,13 @@ Block* DeviceCache::allocate(StreamSlot stream, size_t nbytes) {
 void DeviceCache::free(Block* block) noexcept {
   void* const address = block->device_ptr;
   const auto bytes = static_cast<int64_t>(block->size);
+  const bool recorded = C10_UNLIKELY(history_.on() || block->context != nullptr);
+  const MemoryContext place = recorded && history_.keeps_free_contexts() ? history_.where() : nullptr;
   Lock lock(mutex_);
+  if (C10_UNLIKELY(recorded)) {
+    note_free(block, place, block->used_by == nullptr);
+    block->context = nullptr;
+  }
   if (C10_UNLIKELY(block->used_by != nullptr)) {
     count_free(block, true);
     block->state = Block::kAwaitingFree;
@@ -276,6 +288,7 @@ void DeviceCache::free(Block* block) noexcept {
       }
     }
     if (--block->pending_events == 0) {
+      if (history_.on()) note(MemoryEvent::kFreeCompleted, block, nullptr);
       add(kActive, *block->pool, -1);
       add(kActiveBytes, *block->pool, -static_cast<int64_t>(block->size));
       put_free(block);
@@ -308,6 +321,7 @@ void DeviceCache::finish_events() {
       queue.pop_front();
       spare_events_.push_back(p.event);
       if (--p.block->pending_events == 0) {
+        if (history_.on()) note(MemoryEvent::kFreeCompleted, p.block, nullptr);
         add(kActive, *p.block->pool, -1);
         add(kActiveBytes, *p.block->pool, -static_cast<int64_t>(p.block->size));
         put_free(p.block);

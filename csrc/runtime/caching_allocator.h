@@ -16,10 +16,12 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "csrc/runtime/address_map.h"
 #include "csrc/runtime/hal_streams.h"
+#include "csrc/runtime/memory_history.h"
 #include "csrc/runtime/platform.h"
 #include "csrc/runtime/spin_lock.h"
 #include "flagos.h"
@@ -42,11 +44,19 @@ struct Block {
   Block* next = nullptr;
   Block* link = nullptr;  // next in its bin, or in the list of unused Block objects
   std::unique_ptr<std::vector<StreamSlot>> used_by;
+  MemoryContext context;  // where it was asked for, when history is recorded
   int pending_events = 0;
   State state = kFree;
 
   bool split() const { return prev != nullptr || next != nullptr; }
 };
+
+// The pool of a program (MemPool) from which the calling thread allocates on one device; id 0: none.
+struct CurrentMempool {
+  uint64_t id;
+  c10::DeviceIndex device;
+};
+extern __thread CurrentMempool current_mempool __attribute__((tls_model("initial-exec")));
 
 // The free blocks of one stream and one kind (small, large).
 struct BlockPool {
@@ -64,6 +74,8 @@ struct BlockPool {
   DeviceCache* cache;
   StreamSlot stream;
   bool is_small;
+  bool held = false;     // by a program's MemPool: its free segments stay
+  uint64_t mempool = 0;  // that pool's id; 0: none
   // small
   std::unique_ptr<Block*[]> bins;
   std::array<uint64_t, kBins / 64 + 1> nonempty{};
@@ -120,6 +132,11 @@ class DeviceCache {
   void reset_peak();
   void reset_accumulated();
   void snapshot(std::vector<MemorySegment>* out);
+  // Records from now on, or stops (nullopt).
+  void record_history(const std::optional<MemoryHistory::Options>& options, bool clear);
+  std::vector<MemoryEvent> history();
+  // The pool takes no more memory, and gives back what is free.
+  void end_mempool(uint64_t id);
 
  private:
   using Lock = std::unique_lock<SpinLock>;
@@ -127,6 +144,7 @@ class DeviceCache {
     char* device_ptr;
     size_t size;
     Block* first;  // stays the first block through all splits and merges
+    MemoryContext context;
   };
   struct Pending {
     flagos_event event;
@@ -134,6 +152,7 @@ class DeviceCache {
   };
 
   BlockPool& pool(StreamSlot stream, bool is_small);
+  BlockPool& mempool(StreamSlot stream, bool is_small);
   Block* new_block();
   void retire(Block* block);
   Block* take(BlockPool& pool, size_t size);
@@ -154,12 +173,24 @@ class DeviceCache {
   void finish_events();
   void throw_out_of_memory(Lock& lock, size_t size, bool over_limit, const std::string& chip_message);
 
+  // memory_history.cc
+  void note_place();
+  void note(MemoryEvent::Action action, const Block* block, const MemoryContext& context);
+  void note_alloc(Block* block);
+  void note_segment(const Block* block);
+  MemoryContext segment_context();
+  void note_free(Block* block, const MemoryContext& context, bool completed);
+  void note_out_of_memory(size_t size, StreamSlot stream);
+
   const flagos_hal* hal_;
   const StreamTable* streams_;
   const c10::DeviceIndex device_;
   AddressMap* const by_address_;
   SpinLock mutex_;
   std::array<std::array<std::unique_ptr<BlockPool>, 2>, kStreamSlots> pools_;
+  std::map<std::tuple<uint64_t, StreamSlot, bool>, std::unique_ptr<BlockPool>> mempools_;  // id, stream, is_small
+  std::vector<BlockPool*> small_pools_;                                                    // of both
+  MemoryHistory history_;
   Counter counters_[kStatKinds][3];    // aggregate, small, large
   std::map<char*, Segment> segments_;  // by native address
   std::map<StreamSlot, std::deque<Pending>> pending_;

@@ -94,7 +94,8 @@ flagos_status DeviceCache::add_segment(Lock& lock, BlockPool& p, size_t size, bo
   block->pool = &p;
   block->state = Block::kFree;
   if (by_address_ != nullptr) by_address_->set(native, block);
-  segments_[block->native] = {block->device_ptr, size, block};
+  segments_[block->native] = {block->device_ptr, size, block, segment_context()};
+  if (history_.on()) note_segment(block);
   mallocs_++;
   used_ = true;
   add(kSegment, p, 1);
@@ -112,13 +113,11 @@ void DeviceCache::release_cached(Lock& lock) {
     lock.lock();
     finish_events();
   }
-  for (auto& pair : pools_) {
-    if (pair[0]) merge_small(*pair[0]);
-  }
+  for (auto* pool : small_pools_) merge_small(*pool);
   std::vector<Block*> out;
   for (auto it = segments_.begin(); it != segments_.end();) {
     Block* block = it->second.first;
-    if (block->state != Block::kFree || block->split()) {
+    if (block->state != Block::kFree || block->split() || block->pool->held) {
       ++it;
       continue;
     }
@@ -152,12 +151,13 @@ void DeviceCache::release_cached(Lock& lock) {
   }
   lock.lock();
   for (Block* block : kept) {  // still ours: back into the cache
-    segments_[block->native] = {block->device_ptr, block->size, block};
+    segments_[block->native] = {block->device_ptr, block->size, block, nullptr};
     push(block);
   }
   for (Block* block : out) {
     if (block == nullptr) continue;
     frees_++;
+    if (history_.on()) note(MemoryEvent::kSegmentFree, block, nullptr);
     add(kSegment, *block->pool, -1);
     add(kReservedBytes, *block->pool, -static_cast<int64_t>(block->size));
     retire(block);
@@ -170,6 +170,7 @@ void DeviceCache::release_cached(Lock& lock) {
 
 void DeviceCache::throw_out_of_memory(Lock& lock, size_t size, bool over_limit, const std::string& chip_message) {
   ooms_++;
+  if (history_.on()) note_out_of_memory(size, current_stream_slot[device_]);
   const auto allocated = static_cast<size_t>(counters_[kAllocatedBytes][0].current);
   const auto reserved = static_cast<size_t>(counters_[kReservedBytes][0].current);
   const size_t limit = limit_;
@@ -226,8 +227,8 @@ c10::CachingAllocator::Stat Counter::stat() const {
 
 c10::CachingDeviceAllocator::DeviceStats DeviceCache::stats() {
   Lock lock(mutex_);
-  for (auto& pair : pools_) {  // so that blocks which only wait to be merged do not count as split
-    if (pair[0] && pair[0]->frees_since_merge > 0) merge_small(*pair[0]);
+  for (auto* pool : small_pools_) {  // so that blocks which only wait to be merged do not count as split
+    if (pool->frees_since_merge > 0) merge_small(*pool);
   }
   c10::CachingDeviceAllocator::DeviceStats out;
   c10::CachingAllocator::StatArray* const arrays[kStatKinds] = {
@@ -266,12 +267,13 @@ void DeviceCache::snapshot(std::vector<MemorySegment>* out) {
     const Segment& s = entry.second;
     const BlockPool& p = *s.first->pool;
     const c10::Stream stream(c10::Stream::UNSAFE, flagos_device(device_), p.stream);
-    out->push_back({reinterpret_cast<uintptr_t>(s.device_ptr), s.size, stream, !p.is_small, {}});
+    out->push_back(
+        {reinterpret_cast<uintptr_t>(s.device_ptr), s.size, stream, !p.is_small, {}, {0, p.mempool}, s.context});
     for (const Block* block = s.first; block != nullptr; block = block->next) {
       const auto state = block->state == Block::kAllocated ? MemoryBlock::kAllocated
                          : block->state == Block::kFree    ? MemoryBlock::kInactive
                                                            : MemoryBlock::kAwaitingFree;
-      out->back().blocks.push_back({block->size, block->requested, state});
+      out->back().blocks.push_back({block->size, block->requested, state, block->context});
     }
   }
 }

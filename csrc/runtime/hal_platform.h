@@ -62,6 +62,7 @@ class HalPlatform : public Platform {
   void set_memory_fraction(c10::DeviceIndex index, double fraction) override;
   double memory_fraction(c10::DeviceIndex index) const override;
   std::vector<MemorySegment> memory_snapshot() override;
+  DeviceCache& cache(c10::DeviceIndex index) { return allocator_.cache(index); }
   void copy_bytes(void* dst, c10::Device dst_device, const void* src, c10::Device src_device, size_t nbytes,
                   c10::Stream stream) override;
 

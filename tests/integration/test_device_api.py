@@ -154,6 +154,13 @@ def snapshot():
     assert len(holders) == 1 and holders[0]["blocks"]
 
 
+def pool():
+    mine = f.MemPool()
+    with f.use_mem_pool(mine):
+        x = torch.ones(MIB, device="flagos")
+    assert any(s["address"] <= x.data_ptr() < s["address"] + s["total_size"] for s in mine.snapshot())
+
+
 def sync_debug():
     assert f.get_sync_debug_mode() == 0
     with pytest.raises((RuntimeError, ValueError), match="invalid value"):
@@ -337,15 +344,16 @@ EXERCISES = {
     "set_sync_debug_mode": sync_debug,
     "temperature": only_cuda(lambda: f.temperature()),
     "utilization": only_cuda(lambda: f.utilization()),
-    # graphs and pools; tests/integration/test_graphs.py replays them
+    # pools; more in tests/integration/test_memory_history.py
+    "MemPool": pool,
+    "use_mem_pool": pool,
+    # graphs; tests/integration/test_graphs.py replays them
     "CUDAGraph": only_cuda(lambda: f.CUDAGraph()),
-    "MemPool": only_cuda(lambda: f.MemPool()),
     "graph": only_cuda(lambda: f.graph(f.CUDAGraph())),
     "graph_pool_handle": only_cuda(lambda: f.graph_pool_handle()),
     "make_graphed_callables": only_cuda(
         lambda: f.make_graphed_callables(torch.nn.Linear(2, 2).flagos(), (torch.ones(2, 2, device="flagos"),))
     ),
-    "use_mem_pool": only_cuda(lambda: f.use_mem_pool(f.MemPool()).__enter__()),
 }
 
 

@@ -144,17 +144,6 @@ def test_make_graphed_callables(device):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@cuda
-def test_mem_pool(device):
-    pool = torch.flagos.MemPool()
-    with torch.flagos.use_mem_pool(pool, device="flagos:0"):
-        inside = torch.ones(1 << 20, device=device)
-    outside = torch.ones(1 << 20, device=device)
-    segments = [(s["address"], s["address"] + s["total_size"]) for s in pool.snapshot()]
-    assert any(low <= inside.data_ptr() < high for low, high in segments)
-    assert not any(low <= outside.data_ptr() < high for low, high in segments)
-
-
 def test_chips_without_graphs_say_so():
     if torch_fl.chip() == "cuda":
         pytest.skip("the chip cuda records graphs")
@@ -163,7 +152,6 @@ def test_chips_without_graphs_say_so():
         torch.flagos.CUDAGraph,
         lambda: torch.flagos.graph(None),
         torch.flagos.graph_pool_handle,
-        torch.flagos.MemPool,
         lambda: torch.flagos.make_graphed_callables(None, ()),
     ):
         with pytest.raises(RuntimeError, match=f"the chip {torch_fl.chip()} records no graphs"):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["hal_error", "last_ops", "hal_streams", "caching_allocator", "caching_allocator_segments", "platform"]
+SOURCES = ["hal_error", "last_ops", "hal_streams", "caching_allocator", "caching_allocator_segments", "memory_history"]
+SOURCES += ["platform"]
 LIBRARIES = Path(torch.__file__).parent / "lib"
 INCLUDE = Path(torch.__file__).parent / "include"
 

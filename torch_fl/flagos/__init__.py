@@ -4,7 +4,20 @@ One file per subject; this one gathers the names. Functions that torch.accelerat
 the same registrations in C++ as `torch.accelerator` itself.
 """
 
-from torch_fl.flagos import _absent, _lazy, _sharing, amp, decode, graphs, interop, memory, monitor, random, streams
+from torch_fl.flagos import (
+    _absent,
+    _lazy,
+    _sharing,
+    amp,
+    decode,
+    graphs,
+    interop,
+    memory,
+    monitor,
+    pools,
+    random,
+    streams,
+)
 from torch_fl.flagos._device import (
     _exchange_device,
     _get_device_index,
@@ -39,6 +52,7 @@ from torch_fl.flagos.interop import *  # noqa: F403
 from torch_fl.flagos.memory import *  # noqa: F403
 from torch_fl.flagos.memory import _dump_snapshot, _record_memory_history, _snapshot
 from torch_fl.flagos.monitor import *  # noqa: F403
+from torch_fl.flagos.pools import *  # noqa: F403
 from torch_fl.flagos.random import *  # noqa: F403
 from torch_fl.flagos.random import _get_generator, _get_rng_state_offset, _set_rng_state_offset
 from torch_fl.flagos.streams import *  # noqa: F403
@@ -80,6 +94,7 @@ __all__ = [
     "is_initialized",
     "memory",
     "monitor",
+    "pools",
     "random",
     "set_autocast_dtype",
     "set_autocast_enabled",
@@ -91,6 +106,7 @@ __all__ = [
     *interop.__all__,
     *memory.__all__,
     *monitor.__all__,
+    *pools.__all__,
     *random.__all__,
     *streams.__all__,
 ]

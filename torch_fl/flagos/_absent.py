@@ -56,6 +56,6 @@ def reason(name: str) -> str | None:
 
 # Present, but only the chip cuda has what is behind them; the others refuse in one sentence.
 CUDA_CHIP = frozenset(
-    """CUDAGraph MemPool clock_rate graph graph_pool_handle list_gpu_processes make_graphed_callables memory_usage
-    power_draw temperature use_mem_pool utilization""".split()
+    """CUDAGraph clock_rate graph graph_pool_handle list_gpu_processes make_graphed_callables memory_usage
+    power_draw temperature utilization""".split()
 )

@@ -4,12 +4,9 @@ On an NVIDIA GPU flagos streams and memory are CUDA's own, so torch.cuda's captu
 these functions translate devices and streams and delegate. Chips without graphs refuse in one sentence.
 """
 
-import contextlib
-
 import torch
 
 from torch_fl import _C
-from torch_fl.flagos._device import _checked_index
 
 
 def _check_chip(name: str) -> None:
@@ -69,28 +66,10 @@ def make_graphed_callables(callables, sample_args, num_warmup_iters=3, allow_unu
     return torch.cuda.make_graphed_callables(callables, sample_args, num_warmup_iters, allow_unused_input, pool)
 
 
-class MemPool(torch.cuda.MemPool):
-    """A pool of the caching allocator: torch.cuda.MemPool. `use_mem_pool` sends allocations to it."""
-
-    def __init__(self, *arguments, **keywords):
-        _check_chip("MemPool")
-        super().__init__(*arguments, **keywords)
-
-
-@contextlib.contextmanager
-def use_mem_pool(pool, device=None):
-    """Sends this thread's allocations on a device to a pool."""
-    _check_chip("use_mem_pool")
-    with torch.cuda.use_mem_pool(pool, torch.device("cuda", _checked_index(device))):
-        yield
-
-
 __all__ = [
     "CUDAGraph",
-    "MemPool",
     "graph",
     "graph_pool_handle",
     "is_current_stream_capturing",
     "make_graphed_callables",
-    "use_mem_pool",
 ]

@@ -1,11 +1,12 @@
 """Memory: what is held, what is free, and giving the cache back."""
 
 import pickle
+import sys
 
 import torch
 
 from torch_fl import _C
-from torch_fl.flagos._device import _checked_index, device_count, get_device_name
+from torch_fl.flagos._device import _checked_index, get_device_name
 
 
 def empty_cache() -> None:
@@ -147,33 +148,60 @@ def reset_peak_host_memory_stats() -> None:
 
 
 def memory_snapshot(mempool_id=None, include_traces: bool = False) -> list[dict]:
-    """Every segment taken from the chip, with its blocks. Chips other than cuda have one pool, (0, 0)."""
+    """Every segment taken from the chip, with its blocks; of one pool when `mempool_id` is given."""
     if _C._chip() == "cuda":
         return torch.cuda.memory_snapshot(mempool_id, include_traces)
-    return _C._memory_snapshot() if mempool_id in (None, (0, 0)) else []
+    segments, _ = _C._memory_snapshot(False)
+    return [s for s in segments if mempool_id is None or s["segment_pool_id"] == tuple(mempool_id)]
 
 
-def _record_memory_history(enabled="all", *arguments, **keywords) -> None:
-    """Starts (or with enabled=None stops) recording where memory is allocated, for torch's memory viewer."""
+_CONTEXTS = (None, "state", "alloc", "all")
+
+
+def _record_memory_history(
+    enabled="all",
+    context="all",
+    stacks="all",
+    max_entries: int = sys.maxsize,
+    device=None,
+    clear_history: bool = False,
+    **of_cuda,
+) -> None:
+    """Starts (or with enabled=None stops) recording where memory is allocated and freed, for torch's memory viewer.
+
+    As torch.cuda.memory._record_memory_history: enabled="state" keeps no history, only where live memory comes from;
+    `context` None, "state", "alloc", "all" says what has a call stack; stacks="python" leaves C++ frames out.
+    """
+    if isinstance(enabled, bool):
+        enabled = "all" if enabled else None
     if _C._chip() == "cuda":
-        torch.cuda.memory._record_memory_history(enabled, *arguments, **keywords)
-    elif enabled is not None:
-        raise NotImplementedError(
-            f"torch.flagos.memory._record_memory_history: the allocator of the chip {_C._chip()} records no history; "
-            "_dump_snapshot() writes the segments without it"
-        )
+        of_cuda |= {"context": context, "stacks": stacks, "max_entries": max_entries, "clear_history": clear_history}
+        return torch.cuda.memory._record_memory_history(enabled, device=device, **of_cuda)
+    if of_cuda:
+        raise TypeError(f"_record_memory_history: the chip {_C._chip()} knows no {', '.join(of_cuda)}; only cuda does")
+    for name, value, known in (
+        ("enabled", enabled, (None, "state", "all")),
+        ("context", context, _CONTEXTS),
+        ("stacks", stacks, ("python", "all")),
+    ):
+        if value not in known:
+            raise ValueError(f"_record_memory_history: {name}={value!r}, expected one of {known}")
+    contexts = None if enabled is None else _CONTEXTS.index(context)
+    return _C._record_memory_history(contexts, stacks == "all", max_entries if enabled == "all" else 0, clear_history)
 
 
 def _snapshot(device=None, augment_with_fx_traces: bool = False) -> dict:
+    """Segments and, since _record_memory_history, events by device: what torch's memory viewer shows."""
     if _C._chip() == "cuda":
         index = None if device is None else _checked_index(device)
         keywords = {"augment_with_fx_traces": True} if augment_with_fx_traces else {}  # older torch has no such name
         return torch.cuda.memory._snapshot(index, **keywords)
-    segments = memory_snapshot()
+    segments, traces = _C._memory_snapshot(True)
     if device is not None:
         index = _checked_index(device)
         segments = [segment for segment in segments if segment["device"] == index]
-    return {"segments": segments, "device_traces": [[] for _ in range(device_count())]}
+        traces = [trace if i == index else [] for i, trace in enumerate(traces)]
+    return {"segments": segments, "device_traces": traces, "allocator_settings": {}, "external_annotations": []}
 
 
 def _dump_snapshot(filename: str = "dump_snapshot.pickle") -> None:
