@@ -2,7 +2,7 @@
 """Writes the tables of typed routes (csrc/aten/register.h) into the build tree, from the installed torch.
 
 The list is every aten overload with a CPU or CUDA kernel in the operator table that torch ships (torchgen's packaged
-native_functions.yaml), plus WHOLE below. Overloads whose at::_ops struct the installed headers lack are left out; they
+native_functions.yaml), plus WHOLE and FLAGGEMS below. Overloads whose at::_ops struct the installed headers lack are left out; they
 reach the boxed fallback.
 
     gen_ops.py --out DIR --units N     writes ops_<i>.cc and ops_all.cc, only where the content changed
@@ -34,8 +34,13 @@ as_strided view _reshape_alias unfold
 )
 
 
+# Operators that FlagGems has functions for. Those that torch composes of others get a route too, so that one can serve
+# them whole; without a wish for that, torch's composition does.
+FLAGGEMS = pathlib.Path(__file__).parent.parent / "torch_fl/flaggems/ops_5.0.2.txt"
+
+
 def table():
-    """(name, struct name, header stem, whole) of every typed route."""
+    """(name, struct name, header stem, whole, takes a device, composed) of every typed route."""
     packaged = pathlib.Path(torchgen.__file__).parent / "packaged/ATen/native"
     parsed = parse_native_yaml(str(packaged / "native_functions.yaml"), str(packaged / "tags.yaml"))
     headers = pathlib.Path(torch.__file__).parent / "include/ATen/ops"
@@ -46,11 +51,19 @@ def table():
         kernel = by_name[function.structured_delegate] if function.structured_delegate else function
         return any(parsed.backend_indices[key].has_kernel(kernel) for key in (DispatchKey.CPU, DispatchKey.CUDA))
 
+    def composite(function):
+        return (
+            function.has_composite_explicit_autograd_kernel
+            or function.has_composite_explicit_autograd_non_functional_kernel
+        )
+
+    flaggems = set(FLAGGEMS.read_text().split())
     rows = []
     for function in parsed.native_functions:
         name = str(function.func.name)
         native = has_native_kernel(function)
-        if name in OURS or not (native or name in WHOLE):
+        composed = name in flaggems and not native and composite(function)
+        if name in OURS or not (native or name in WHOLE or composed):
             continue
         struct = function.func.name.unambiguous_name()
         stem = function.root_name
@@ -58,7 +71,7 @@ def table():
         declared = header.exists() and re.search(rf"struct TORCH_API {struct} ", header.read_text())
         if declared:
             device = any("Device" in str(argument.type) for argument in function.func.arguments.flat_all)
-            rows.append((name, struct, stem, name in WHOLE, device))
+            rows.append((name, struct, stem, name in WHOLE, device, composed))
     return sorted(rows)
 
 
@@ -68,10 +81,10 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 def unit(index: int, rows) -> str:
-    includes = "\n".join(sorted({f"#include <ATen/ops/{stem}_ops.h>" for _, _, stem, _, _ in rows}))
+    includes = "\n".join(sorted({f"#include <ATen/ops/{stem}_ops.h>" for _, _, stem, *_ in rows}))
     body = "\n".join(
-        f'    typed_route<at::_ops::{struct}>("{name}", {str(whole).lower()}, {str(device).lower()}),'
-        for name, struct, _, whole, device in rows
+        f'    {"composed" if composed else "typed"}_route<at::_ops::{struct}>("{name}", {str(whole).lower()}, {str(device).lower()}),'
+        for name, struct, _, whole, device, composed in rows
     )
     return (
         f'// Written by scripts/gen_ops.py.\n#include "csrc/aten/register.h"\n{includes}\n\nnamespace flagos {{\n'

@@ -48,6 +48,27 @@ def _driver_cuda() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
+def capability() -> tuple[int, int] | None:
+    """The first visible GPU's compute capability, (9, 0) for sm_90, from NVML; None when it cannot be known."""
+    from torch_fl import _env
+
+    visible = (_env.raw("CUDA_VISIBLE_DEVICES") or "0").split(",")[0].strip()
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return None
+        if visible.isdecimal():
+            failed = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(visible)), ctypes.byref(device))
+        else:
+            failed = nvml.nvmlDeviceGetHandleByUUID(visible.encode(), ctypes.byref(device))
+        failed = failed or nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (major.value, minor.value)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from torch_fl import _C, _build, _env, flaggems, plans
+from torch_fl.flaggems import interpreter
 
 # FlagGems' name for the maker of each chip.
 VENDORS = {"cuda": "nvidia", "metax": "metax", "ascend": "ascend"}
@@ -23,6 +24,7 @@ CPP_VERSION = "5.0.2"  # the one whose C++ signatures csrc/aten/backends/flagos 
 
 _kernels: dict[str, tuple[str, str, dict]] = {}
 _functions: dict | None = None  # op -> function, once flag_gems is imported
+_interpreted = False  # its kernels run in Triton's interpreter
 
 
 def installed_version() -> str | None:
@@ -71,7 +73,9 @@ def _install_library(package: Path | None, version: str | None) -> None:
 
 
 def _install_python(chip: str, package: Path | None, version: str | None) -> None:
-    vendor = _env.get("GEMS_VENDOR") or VENDORS.get(chip)
+    global _interpreted
+    _interpreted = chip == "host" and _env.flag("TRITON_INTERPRET")
+    vendor = _env.get("GEMS_VENDOR") or VENDORS.get(chip) or (interpreter.VENDOR if _interpreted else None)
     reason = ""
     if not _build.FLAGGEMS_PYTHON:
         reason = "left out of this build (FLAGGEMS_PYTHON=OFF)"
@@ -81,6 +85,8 @@ def _install_python(chip: str, package: Path | None, version: str | None) -> Non
         reason = "FlagGems is not installed (no module named flag_gems)"
     elif vendor is None:
         reason = f"FlagGems knows no vendor for the chip {chip} (GEMS_VENDOR names one)"
+        if chip == "host":
+            reason += "; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, slowly"
     if vendor and not reason:
         _env.set_default("GEMS_VENDOR", vendor)
         if chip != "cuda":  # its tuning database asks for the GPU's name when it lies in a file
@@ -103,18 +109,30 @@ def table(chip: str, version: str | None) -> dict[str, tuple[str, str, dict]]:
             rows[op] = ("unusable", "torch composes it of other operators; served whole it would lose its gradient", {})
         elif op not in judged:
             rows[op] = ("unjudged", f"not judged yet for {named} on {chip}; only when asked for by name", {})
+        elif judged[op].verdict in ("unjudged", "unusable"):
+            only = "; only when asked for by name" if judged[op].verdict == "unjudged" else ""
+            rows[op] = (judged[op].verdict, f"{judged[op].why}{only}", {})
         elif judged[op].verdict == "wrong":
             rows[op] = ("wrong", f"known to be wrong in {named} on {chip}: {judged[op].why}", {})
         else:
             limits = _limits(judged[op].limits)
             shown = "; within " + ", ".join(f"{name} {value}" for name, value in judged[op].limits.items())
-            rows[op] = ("right", f"judged right for {named} on {chip}{shown if limits else ''}", limits)
+            text = f"judged right for {named} on {chip}{shown if limits else ''}"
+            if _interpreted:  # far too slow to serve by default
+                rows[op] = ("unjudged", f"{text}; in Triton's interpreter, so only when asked for by name", limits)
+            else:
+                rows[op] = ("right", text, limits)
     return rows
 
 
 def kernels() -> dict[str, tuple[str, str, dict]]:
     """op -> (verdict, why, limits) for every operator of FlagGems; empty where its Python kernels cannot be used."""
     return dict(_kernels)
+
+
+def interpreted() -> bool:
+    """Whether FlagGems' kernels run in Triton's interpreter, on CPU tensors."""
+    return _interpreted
 
 
 def exists(op: str) -> bool:
@@ -145,7 +163,8 @@ def _load(op: str):
     global _functions
     if _functions is None:
         try:
-            _functions = {row[0]: row[1] for row in importlib.import_module("flag_gems")._FULL_CONFIG}
+            module = interpreter.load() if _interpreted else importlib.import_module("flag_gems")
+            _functions = {row[0]: row[1] for row in module._FULL_CONFIG}
         except Exception as error:
             text = str(error).strip().splitlines()
             reason = f"FlagGems cannot be imported: {type(error).__name__}: {text[0] if text else ''}"

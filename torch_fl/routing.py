@@ -131,7 +131,7 @@ class strict:
 
 
 class OpCounts:
-    """Calls per operator and backend, counted since count_ops() was entered."""
+    """Calls per operator and the backend that served them, and their host time, since count_ops() was entered."""
 
     def __init__(self):
         self._start = self._now()
@@ -139,13 +139,24 @@ class OpCounts:
 
     @staticmethod
     def _now():
-        return {(op, backend): calls for op, backend, calls in _C._counts()}
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for op, backend, calls, nanoseconds in _C._counts():  # one row per way in which the backend was chosen
+            before = found.get((op, backend), (0, 0))
+            found[op, backend] = (before[0] + calls, before[1] + nanoseconds)
+        return found
 
     def rows(self) -> list[tuple[str, str, int]]:
         """(op, backend, calls), most calls first."""
+        return [(op, backend, calls) for op, backend, calls, _ in self.timed_rows()]
+
+    def timed_rows(self) -> list[tuple[str, str, int, float]]:
+        """(op, backend, calls, seconds of the host without the operators called inside), most calls first."""
         now = self._end if self._end is not None else self._now()
-        rows = [(op, backend, calls - self._start.get((op, backend), 0)) for (op, backend), calls in now.items()]
-        return sorted((row for row in rows if row[2] > 0), key=lambda row: (-row[2], row[0]))
+        rows = []
+        for (op, backend), (calls, nanoseconds) in now.items():
+            before = self._start.get((op, backend), (0, 0))
+            rows.append((op, backend, calls - before[0], max(nanoseconds - before[1], 0) / 1e9))
+        return sorted((row for row in rows if row[2] > 0), key=lambda row: (-row[2], row[0], row[1]))
 
     def by_backend(self) -> dict[str, int]:
         """Calls per backend."""
@@ -157,7 +168,10 @@ class OpCounts:
 
 @contextlib.contextmanager
 def count_ops():
-    """Counts operator calls inside a `with` block: `with torch_fl.count_ops() as counts: ...; counts.by_backend()`."""
+    """Counts and times operator calls inside a `with` block, of all threads.
+
+    `with torch_fl.count_ops() as counts: ...`, then `counts.by_backend()` or `torch_fl.report(counts)`.
+    """
     previous = _C._set_counting(True)
     counts = OpCounts()
     try:

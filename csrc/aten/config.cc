@@ -38,6 +38,57 @@ std::string checked_backend(std::string_view name, const std::string& where) {
   return backend;
 }
 
+const std::vector<std::string>& dtype_names() {
+  static const std::vector<std::string> names{"bfloat16", "bool",    "complex128", "complex32",     "complex64",
+                                              "float16",  "float32", "float64",    "float8_e4m3fn", "float8_e5m2",
+                                              "int16",    "int32",   "int64",      "int8",          "uint8"};
+  return names;
+}
+
+int64_t checked_count(std::string_view text, const std::string& where) {
+  int64_t value = 0;
+  for (const char c : text) {
+    if (c < '0' || c > '9' || value > std::numeric_limits<int64_t>::max() / 10 - 1) {
+      throw ConfigError(where + ": expected a number of elements, found " + quoted(text));
+    }
+    value = value * 10 + (c - '0');
+  }
+  if (text.empty()) throw ConfigError(where + ": expected a number of elements after 'numel>=' or 'numel<='");
+  return value;
+}
+
+// The conditions between brackets.
+Within checked_within(std::string_view text, const std::string& where) {
+  Within within;
+  while (!(text = trim(text)).empty()) {
+    const auto end = text.find_first_of(" \t");
+    const auto word = text.substr(0, end);
+    text = end == std::string_view::npos ? std::string_view() : text.substr(end);
+    if (word.substr(0, 6) == "dtype=") {
+      auto list = word.substr(6);
+      do {
+        const auto comma = list.find(',');
+        const auto name = list.substr(0, comma);
+        list = comma == std::string_view::npos ? std::string_view() : list.substr(comma + 1);
+        if (!std::binary_search(dtype_names().begin(), dtype_names().end(), name)) {
+          throw ConfigError(where + ": unknown dtype " + quoted(name) + hint(name, dtype_names()));
+        }
+        within.dtypes.emplace_back(name);
+      } while (!list.empty());
+    } else if (word.substr(0, 7) == "numel>=") {
+      within.min_numel = checked_count(word.substr(7), where);
+    } else if (word.substr(0, 7) == "numel<=") {
+      within.max_numel = checked_count(word.substr(7), where);
+    } else {
+      throw ConfigError(where + ": unknown condition " + quoted(word) +
+                        " (conditions: dtype=NAME,NAME numel>=COUNT numel<=COUNT)");
+    }
+    within.text += (within.text.empty() ? "" : " ") + std::string(word);
+  }
+  if (within.text.empty()) throw ConfigError(where + ": no condition between the brackets; leave them out");
+  return within;
+}
+
 bool known(std::string_view op, const OpNames& ops) { return std::binary_search(ops.begin(), ops.end(), op); }
 
 // Whether `spelt` is `op` with every '.' written "__".
@@ -115,13 +166,19 @@ std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file
       throw ConfigError(where + ": expected 'op = backend', found " + quoted(line));
     }
     if (!known(op, ops)) throw ConfigError(where + ": unknown operator " + quoted(op) + hint(op, ops));
-    auto canonical = checked_backend(backend, where);
+    const auto bracket = backend.find('[');
+    Within within;
+    if (bracket != std::string_view::npos) {
+      if (backend.back() != ']') throw ConfigError(where + ": expected ']' at the end of " + quoted(line));
+      within = checked_within(backend.substr(bracket + 1, backend.size() - bracket - 2), where);
+    }
+    auto canonical = checked_backend(trim(backend.substr(0, bracket)), where);
     const auto before = seen.find(op);
     if (before != seen.end()) {
       throw ConfigError(where + ": " + quoted(op) + " has a line already at " + before->second + "; keep one");
     }
     seen.emplace(op, where);
-    lines.push_back({std::string(op), std::move(canonical), where});
+    lines.push_back({std::string(op), std::move(canonical), where, std::move(within)});
   }
   return lines;
 }
@@ -139,7 +196,7 @@ std::vector<RouteLine> parse_env(const std::map<std::string, std::string>& env, 
       if (at != std::string::npos) decoded.replace(at, 2, ".");
       throw ConfigError(name + ": unknown operator " + quoted(decoded) + hint(decoded, ops));
     }
-    lines.push_back({*op, checked_backend(trim(value), name), name});
+    lines.push_back({*op, checked_backend(trim(value), name), name, {}});
   }
   return lines;
 }

@@ -2,7 +2,9 @@
 // torch.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -11,11 +13,19 @@
 
 namespace flagos {
 
+// Which calls a wish is for; the others go where they would without it.
+struct Within {
+  std::vector<std::string> dtypes;                                         // of the first tensor argument; empty: all
+  int64_t min_numel = 0, max_numel = std::numeric_limits<int64_t>::max();  // of the largest tensor argument
+  std::string text;                                                        // as written; "" when it is for every call
+};
+
 // One wish, with where it comes from ("backends.conf:12", "FLAGOS_OP_mm") for messages.
 struct RouteLine {
   std::string op;       // "add.Tensor", as in the dispatcher without "aten::"
   std::string backend;  // canonical name
   std::string origin;
+  Within within = {};
 };
 
 // What is wrong, with file and line. Nothing has been applied when it is thrown.
@@ -33,8 +43,9 @@ using OpNames = std::vector<std::string>;
 // The known word nearest to `word` by edit distance, or "" when none is near.
 std::string nearest(std::string_view word, const std::vector<std::string>& words);
 
-// Parses "op = backend" lines; '#' starts a comment. `file` appears in errors. A later line for the same operator is an
-// error, because one of the two would be silently ignored.
+// Parses "op = backend" and "op = backend [dtype=float16,bfloat16 numel>=4096 numel<=65536]" lines; '#' starts a
+// comment. `file` appears in errors. A later line for the same operator is an error, because one of the two would be
+// silently ignored.
 std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file, const OpNames& ops);
 
 // Takes FLAGOS_OP_<name> from an environment; '.' is spelt "__" in <name>. Other variables are ignored.

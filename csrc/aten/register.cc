@@ -25,6 +25,16 @@ bool serve(const TypedRoute& route, const c10::OperatorHandle& op) {
   return route.whole && !(route.takes_device && native.type == c10::DeviceType::CPU);
 }
 
+// A slot for an operator that torch composes and that a backend may serve whole: not below autograd when the
+// composition is what autograd differentiates.
+bool compose(const TypedRoute& route, const c10::OperatorHandle& op) {
+  using c10::DispatchKey;
+  return route.compose && native.present && !op.hasKernelForDispatchKey(DispatchKey::PrivateUse1) &&
+         !op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
+         (op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd) ||
+          op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutogradNonFunctional));
+}
+
 }  // namespace
 
 void register_operators() {
@@ -40,9 +50,11 @@ void register_operators() {
       const auto dot = full.find('.');
       const auto overload = dot == std::string::npos ? std::string() : full.substr(dot + 1);
       const auto op = dispatcher.findOp({full.substr(0, dot), overload});
-      if (!op || !serve(*route, *op)) continue;
+      if (!op) continue;
+      const bool whole = serve(*route, *op);
+      if (!whole && !compose(*route, *op)) continue;
       route->slot->name = route->name;
-      route->slot->relabel = route->relabel;
+      (whole ? route->slot->relabel : route->slot->compose) = whole ? route->relabel : route->compose;
       add_slot(*route->slot, *op);
       library->impl(route->name, route->function());
     }

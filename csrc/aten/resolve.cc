@@ -20,6 +20,7 @@ Resolution resolve(const std::string& op, const std::optional<RouteLine>& wish,
       if (candidate.usable) {
         step.chosen = true;
         step.reason = "asked for by " + wish->origin;
+        if (!wish->within.text.empty()) step.reason += " for calls within " + wish->within.text;
         result.backend = candidate.backend;
       }
     } else if (!wish && by_default && result.backend.empty()) {

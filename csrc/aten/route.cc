@@ -4,6 +4,7 @@
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <mutex>
 #include <unordered_map>
@@ -75,6 +76,7 @@ std::vector<Candidate> candidates_of(const Slot& slot, std::vector<Kernel>& kern
     candidate.backend = backend.name;
     Kernel kernel;
     if (backend.available(candidate.why)) kernel = backend.kernel(slot, candidate.why);
+    if (!kernel && candidate.why.empty()) continue;  // not a backend for operators of this kind
     candidate.usable = static_cast<bool>(kernel);
     candidate.by_name_only = kernel.by_name_only;
     candidates.push_back(std::move(candidate));
@@ -112,7 +114,10 @@ const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
   for (size_t i = 0; i < candidates.size(); ++i) {
     if (candidates[i].backend == resolution.backend && !resolution.backend.empty()) decision->kernel = kernels[i];
   }
-  if (decision->kernel.boxed) {
+  if (decision->kernel && wish && !wish->within.text.empty()) {
+    decision->boxed = within_kernel(slot, resolution.backend, wish->within, decision->kernel);
+    decision->kernel.typed = nullptr;
+  } else if (decision->kernel.boxed) {
     decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
   }
   decision->resolution = std::move(resolution);
@@ -209,7 +214,7 @@ const Decision& decide_without(Slot& slot, const std::string& backend) {
     if (other.name == backend || !other.available(why)) continue;
     const auto kernel = other.kernel(slot, why);
     if (!kernel || kernel.by_name_only) continue;
-    return *decide(slot, RouteLine{slot.name, other.name, "called by the " + backend + " kernel of " + slot.name});
+    return *decide(slot, RouteLine{slot.name, other.name, "passed on by the route to " + backend, {}});
   }
   TORCH_CHECK(false, "flagos: the ", backend, " kernel of ", slot.name, " calls ", slot.name,
               " again, and no other backend has a kernel for it");
@@ -229,15 +234,14 @@ const Decision& take_slow_path(Slot& slot) {
                               platform().chip(), "): ", resolution.error, "; torch_fl.explain('", slot.name,
                               "') shows what was tried");
   TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
-  if (counting.load(std::memory_order_relaxed)) decision->calls.fetch_add(1, std::memory_order_relaxed);
-  if (logging.load(std::memory_order_relaxed)) {
+  if (logging.load(std::memory_order_relaxed) && !decision->kernel.composed) {
     std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", slot.name.c_str(), resolution.backend.c_str());
   }
   if (sync_mode.load(std::memory_order_relaxed) && synchronizes(slot)) report_synchronizing(slot.name);
   return *decision;
 }
 
-SlowCall::SlowCall(Slot& slot) : decision_(take_slow_path(slot)) {
+SlowCall::SlowCall(Slot& slot) : decision_(take_slow_path(slot)), counted_(decision_) {
   if (annotating.load(std::memory_order_relaxed)) range_ = range_of(slot, decision_.resolution.backend);
 }
 
@@ -247,7 +251,41 @@ void boxed_route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch:
   auto& slot = slot_of_boxed(op);
   remember_op(slot.name);
   const SlowCall slow(slot);
-  slow.decision().kernel.boxed(op, keys, stack);
+  slow.decision().boxed.callBoxed(op, keys, stack);
+}
+
+// ---- counting ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+thread_local Counted* current_call = nullptr;
+
+uint64_t now() {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+          .count());
+}
+
+}  // namespace
+
+Counted::Counted(const Decision& decision) {
+  if (C10_LIKELY(!counting.load(std::memory_order_relaxed)) || decision.kernel.composed) return;
+  decision_ = &decision;
+  outer_ = std::exchange(current_call, this);
+  start_ = now();
+}
+
+Counted::~Counted() {
+  if (C10_LIKELY(!decision_)) return;
+  const auto elapsed = now() - start_;
+  decision_->calls.fetch_add(1, std::memory_order_relaxed);
+  decision_->nanoseconds.fetch_add(elapsed - std::min(elapsed, nested_), std::memory_order_relaxed);
+  current_call = outer_;
+  if (outer_) outer_->nested_ += elapsed;
+}
+
+void served_by(const Decision& decision) {
+  if (current_call) current_call->decision_ = &decision;
 }
 
 void add_slot(Slot& slot, const c10::OperatorHandle& op) {
@@ -272,15 +310,11 @@ void configure(const std::vector<RouteLine>& lines) {
   }
 }
 
-void set_route(const std::string& op, const std::string& backend) {
+void set_route(const RouteLine& line) {
   auto& t = table();
   std::lock_guard<std::mutex> lock(t.mutex);
-  auto& slot = slot_named(t, op);
-  if (backend.empty()) {
-    slot.wish_api.reset();
-  } else {
-    slot.wish_api = RouteLine{op, backend, "set_route"};
-  }
+  auto& slot = slot_named(t, line.op);
+  slot.wish_api = line.backend.empty() ? std::nullopt : std::optional<RouteLine>(line);
   settle(slot);
 }
 
@@ -332,7 +366,8 @@ std::vector<CallCount> call_counts() {
   for (const auto& [name, slot] : t.slots) {
     for (const auto& decision : slot->decisions) {
       const auto calls = decision->calls.load(std::memory_order_relaxed);
-      if (calls) counts.push_back({name, decision->resolution.backend, calls});
+      const auto nanoseconds = decision->nanoseconds.load(std::memory_order_relaxed);
+      if (calls) counts.push_back({name, decision->resolution.backend, calls, nanoseconds});
     }
   }
   return counts;
@@ -364,7 +399,7 @@ bool set_counting(bool on) {
     const bool before = counting.exchange(on);
     if (on && !before) {
       for (auto& [name, slot] : table().slots) {
-        for (auto& decision : slot->decisions) decision->calls.store(0);
+        for (auto& decision : slot->decisions) decision->calls.store(0), decision->nanoseconds.store(0);
       }
     }
     return before;

@@ -35,6 +35,7 @@ struct Kernel {
   void* typed = nullptr;
   BoxedFunction* boxed = nullptr;
   bool by_name_only = false;  // not by default: nobody has proven it right
+  bool composed = false;      // torch's composition: the operators it calls are what is logged and counted
   explicit operator bool() const { return typed || boxed; }
 };
 
@@ -43,14 +44,15 @@ struct Kernel {
 struct Decision {
   Resolution resolution;
   Kernel kernel;
-  c10::BoxedKernel boxed;  // calls kernel.boxed; valid when that is set
-  mutable std::atomic<uint64_t> calls{0};
+  c10::BoxedKernel boxed;  // calls kernel.boxed, when the wish's conditions hold; valid when that is set
+  mutable std::atomic<uint64_t> calls{0}, nanoseconds{0};  // while counting; host time without nested operators
 };
 
 // One operator's place in the routing table.
 struct Slot {
   std::string name;                  // "mm.out"
   void* relabel = nullptr;           // Relabel<Op>::call, or null for an operator without a typed route
+  void* compose = nullptr;           // Compose<Op>::call, for an operator that torch composes of others
   std::atomic<void*> fast{nullptr};  // the typed kernel when nothing unusual is on
   std::atomic<const Decision*> decision{nullptr};
   std::optional<c10::OperatorHandle> op;  // set at registration
@@ -59,10 +61,26 @@ struct Slot {
   std::vector<std::unique_ptr<Decision>> decisions;
 };
 
-// What serves this call; logs and counts it. Throws the decision's error.
+// What serves this call; logs it. Throws the decision's error.
 const Decision& take_slow_path(Slot& slot);
 
-// One call off the fast path: take_slow_path(), with a range for the profiler as long as the kernel runs.
+// Counts and times a call while counting is on.
+class Counted {
+ public:
+  explicit Counted(const Decision& decision);
+  Counted(const Counted&) = delete;
+  ~Counted();
+
+ private:
+  friend void served_by(const Decision& decision);
+  const Decision* decision_ = nullptr;
+  Counted* outer_ = nullptr;
+  uint64_t start_ = 0, nested_ = 0;
+};
+// The call under way on this thread is in the end served by another decision.
+void served_by(const Decision& decision);
+
+// One call off the fast path: take_slow_path(), counted, with a range for the profiler as long as the kernel runs.
 class SlowCall {
  public:
   explicit SlowCall(Slot& slot);
@@ -74,6 +92,7 @@ class SlowCall {
  private:
   const Decision& decision_;
   std::unique_ptr<at::RecordFunction> range_;
+  const Counted counted_;
 };
 
 template <class Op, class Schema = typename Op::schema>
@@ -127,8 +146,12 @@ bool register_backend(Backend backend);
 void add_slot(Slot& slot, const c10::OperatorHandle& op);
 
 // Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered
-// again by the operator it implements.
+// again by the operator it implements, or that must not serve a call.
 const Decision& decide_without(Slot& slot, const std::string& backend);
+// The kernel of a wish that is for some calls only; the others go to the next backend.
+c10::BoxedKernel within_kernel(Slot& slot, const std::string& backend, const Within& within, const Kernel& kernel);
+void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                   torch::jit::Stack* stack);
 
 // The slot of an operator, made when it has none yet.
 Slot& slot_of(const c10::OperatorHandle& op);
@@ -137,7 +160,7 @@ Slot& slot_of(const c10::OperatorHandle& op);
 void configure(const std::vector<RouteLine>& lines);
 
 // set_route at run time; an empty backend returns the operator to conf, environment or default.
-void set_route(const std::string& op, const std::string& backend);
+void set_route(const RouteLine& line);
 
 // Routes of the calling thread only, innermost last: route(...) as a context manager.
 void push_thread_routes(const std::vector<RouteLine>& lines);
@@ -150,7 +173,7 @@ std::vector<RouteView> routes();
 Resolution explain(const std::string& op);
 struct CallCount {
   std::string op, backend;
-  uint64_t calls;
+  uint64_t calls, nanoseconds;
 };
 std::vector<CallCount> call_counts();
 bool set_logging(bool on);   // returns the previous value

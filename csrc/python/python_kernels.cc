@@ -32,7 +32,7 @@ constexpr const char* kName = "flagos_python";
 struct Limits {
   uint64_t dtypes = ~uint64_t{0};  // one bit per at::ScalarType
   int64_t max_numel = std::numeric_limits<int64_t>::max();
-  bool contiguous = false, nonempty = false, same_shape = false, same_dtype = false;
+  bool contiguous = false, nonempty = false, nonscalar = false, same_shape = false, same_dtype = false;
   bool any = false;
 };
 
@@ -112,17 +112,27 @@ void each_tensor(const c10::IValue& value, Each each) {
   }
 }
 
+bool is_dtype(const c10::Argument& argument) {
+  const c10::Type* type = argument.real_type().get();
+  if (type->kind() == c10::TypeKind::OptionalType) type = type->castRaw<c10::OptionalType>()->getElementType().get();
+  return type->kind() == c10::TypeKind::ScalarTypeType;
+}
+
 bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   if (C10_LIKELY(!limits.any)) return true;
   bool good = true;
   const size_t n = op.schema().arguments().size();
   at::Tensor first;
   for (size_t i = stack.size() - n; i < stack.size(); ++i) {
+    if (stack[i].isInt() && is_dtype(op.schema().arguments()[i + n - stack.size()])) {
+      good &= (limits.dtypes >> static_cast<unsigned>(stack[i].toInt()) & 1) != 0;
+    }
     each_tensor(stack[i], [&](const at::Tensor& t) {
       const auto numel = t.numel();
       good &= (limits.dtypes >> static_cast<unsigned>(t.scalar_type()) & 1) != 0 && numel <= limits.max_numel;
       if (limits.contiguous) good &= t.is_contiguous();
       if (limits.nonempty) good &= numel > 0;
+      if (limits.nonscalar) good &= t.dim() > 0;
       if (!first.defined()) {
         first = t;
         return;
@@ -134,12 +144,6 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
   return good;
 }
 
-void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                   torch::jit::Stack* stack) {
-  if (decision.kernel.boxed) return decision.kernel.boxed(op, keys, stack);
-  relabel_boxed(op, c10::DispatchKey::Dense, stack);
-}
-
 void call_next(PythonKernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                torch::jit::Stack* stack) {
   const auto* next = kernel.next.load(std::memory_order_acquire);
@@ -147,6 +151,7 @@ void call_next(PythonKernel& kernel, const c10::OperatorHandle& op, c10::Dispatc
     next = &decide_without(slot_of(op), kName);
     kernel.next.store(next, std::memory_order_release);
   }
+  served_by(*next);
   call_decision(*next, op, keys, stack);
 }
 
@@ -253,7 +258,14 @@ PyObject* load(PythonKernel& kernel) {
 // Calls the function with the arguments under the native label and gives the results the label flagos.
 void call_python(const PythonKernel& kernel, const c10::OperatorHandle& op, torch::jit::Stack* stack,
                  PyObject* function, Recording* recording) {
+  const size_t first = stack->size() - op.schema().arguments().size();
+  c10::SmallVector<size_t, 4> absent;
+  for (size_t i = first; i < stack->size(); ++i) {
+    if ((*stack)[i].isNone()) absent.push_back(i);
+  }
   relabel_call(op, stack, [&] {
+    // Without a generator FlagGems takes the native device's, and not all of its functions take one.
+    for (const size_t i : absent) (*stack)[i] = c10::IValue();
     py::gil_scoped_acquire gil;
     try {
       if (recording) return record_call(op, stack, *recording, [&] { call_function(op, stack, function); });
@@ -280,9 +292,18 @@ void call_again(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
   call_decision(decision, op, keys, stack);
 }
 
+// Whether the result is wanted on another device, as zeros_like(x, device="cpu") wants it.
+bool elsewhere(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size(); ++i) {
+    if (stack[i].isDevice() && stack[i].toDevice().type() != c10::DeviceType::PrivateUse1) return true;
+  }
+  return false;
+}
+
 void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& kernel = kernel_of(op);
-  if (std::find(running.begin(), running.end(), &kernel) != running.end()) return call_next(kernel, op, keys, stack);
+  const bool entered = std::find(running.begin(), running.end(), &kernel) != running.end();
+  if (entered || elsewhere(op, *stack)) return call_next(kernel, op, keys, stack);
   if (C10_UNLIKELY(!within(kernel.limits, op, *stack))) {
     kernel.passed_on.fetch_add(1, std::memory_order_relaxed);
     return call_next(kernel, op, keys, stack);
@@ -339,11 +360,12 @@ Limits limits_of(const py::dict& data) {
     } else {
       bool* flag = name == "contiguous"   ? &limits.contiguous
                    : name == "nonempty"   ? &limits.nonempty
+                   : name == "nonscalar"  ? &limits.nonscalar
                    : name == "same_shape" ? &limits.same_shape
                    : name == "same_dtype" ? &limits.same_dtype
                                           : nullptr;
       TORCH_CHECK_VALUE(flag, "unknown limit '", name,
-                        "' (limits: dtypes, max_numel, contiguous, nonempty, same_shape, same_dtype)");
+                        "' (limits: dtypes, max_numel, contiguous, nonempty, nonscalar, same_shape, same_dtype)");
       *flag = py::cast<bool>(value);
     }
     limits.any = true;

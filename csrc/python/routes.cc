@@ -79,9 +79,8 @@ std::vector<RouteLine> parse_routes(const std::map<std::string, std::string>& ro
 }
 
 void set_route_checked(const std::string& op, const std::optional<std::string>& backend) {
-  if (!backend) return set_route(op, "");
-  const auto line = parse_routes({{op, *backend}}, "set_route").front();
-  set_route(line.op, line.backend);
+  if (!backend) return set_route({op, "", "set_route", {}});
+  set_route(parse_routes({{op, *backend}}, "set_route").front());
 }
 
 }  // namespace
@@ -110,8 +109,8 @@ void bind_routes(py::module_& m) {
     return names;
   });
   m.def("_counts", [] {
-    std::vector<std::tuple<std::string, std::string, uint64_t>> rows;
-    for (const auto& c : call_counts()) rows.emplace_back(c.op, c.backend, c.calls);
+    std::vector<std::tuple<std::string, std::string, uint64_t, uint64_t>> rows;  // the last: nanoseconds of the host
+    for (const auto& c : call_counts()) rows.emplace_back(c.op, c.backend, c.calls, c.nanoseconds);
     return rows;
   });
   m.def("_set_counting", &set_counting);

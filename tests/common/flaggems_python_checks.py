@@ -94,8 +94,11 @@ def check_random_numbers_follow_the_seed():
         with routed("normal_"):
             draws += [torch.empty(8, device="flagos").normal_().cpu() for _ in range(2)]
     assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3]) and not torch.equal(draws[0], draws[1])
-    torch.manual_seed(5)
-    assert torch.equal(torch.empty(8, device="flagos").normal_().cpu(), draws[0]), "another generator"
+    generator = torch.Generator(device="flagos").manual_seed(7)
+    with routed("normal_"):
+        own = torch.empty(8, device="flagos").normal_(generator=generator).cpu()
+    expected = torch.empty(8, device="flagos").normal_(generator=generator.manual_seed(7)).cpu()
+    assert torch.equal(own, expected), "another generator"
 
 
 def check_exceptions_name_the_operator():
@@ -213,6 +216,59 @@ def check_limits_go_to_the_next_backend():
         assert torch.equal(torch.sqrt(moved).cpu(), torch.sqrt(t))
         assert flag_gems.CALLS == (["sqrt"] if by_flaggems else []), (t.dtype, t.shape, t.stride())
     assert torch_fl.report()["outside_limits"] == {"sqrt": 3}, torch_fl.report()["outside_limits"]
+    with torch_fl.count_ops() as counts:  # under the backend that really serves
+        for t in (x, x.double(), x.double()):
+            torch.sqrt(t.flagos())
+    rows = {backend: (calls, seconds) for op, backend, calls, seconds in counts.timed_rows() if op == "sqrt"}
+    assert rows["flagos_python"][0] == 1 and rows[torch_fl.chip()][0] == 2, rows
+    assert all(seconds > 0 for _, seconds in rows.values())
+
+
+def check_conditions_of_a_route():
+    import flag_gems
+
+    small, large = random(4).flagos(), random(64).flagos()
+    for within, expected in (
+        ("", [2, 2]),
+        ("[numel>=10]", [0, 2]),
+        ("[numel<=10 dtype=float32,float16]", [2, 0]),
+        ("[dtype=float64]", [0, 0]),
+    ):
+        torch_fl.set_route("silu", f"flagos_python {within}")
+        seen = []
+        for x in (small, large):
+            flag_gems.CALLS.clear()
+            with torch_fl.count_ops() as counts:
+                for _ in range(2):
+                    assert torch.equal(torch.nn.functional.silu(x).cpu(), torch.nn.functional.silu(x.cpu()))
+            seen.append(flag_gems.CALLS.count("silu"))
+            served = {backend: calls for op, backend, calls in counts.rows() if op == "silu"}
+            assert served.get("flagos_python", 0) >= seen[-1], served
+        assert seen == expected, (within, seen)
+    assert "within dtype=float64" in str(torch_fl.explain("silu")), torch_fl.explain("silu")
+    torch_fl.set_route("silu", None)
+
+
+def check_a_composed_operator():
+    """torch composes abs of abs.out; a route serves it whole, and without one nothing is changed."""
+    import flag_gems
+
+    x = random(3, 4).flagos()
+    with torch_fl.count_ops() as counts:
+        torch.abs(x)
+    assert "abs" not in {op for op, *_ in counts.rows()}, counts.rows()
+    assert backend_of("abs") == "composite" and "composes" in str(torch_fl.explain("abs"))
+    same("abs", torch.abs, random(3, 4))
+    assert (x.cpu().abs() == torch.abs(x).cpu()).all()
+    y = x.clone().requires_grad_()
+    with routed("abs"):
+        flag_gems.CALLS.clear()
+        torch.abs(y).sum().backward()
+    assert flag_gems.CALLS.count("abs") == 1 and torch.equal(y.grad.cpu(), x.cpu().sign())
+    with routed("zeros_like"):
+        flag_gems.CALLS.clear()
+        assert torch.zeros_like(x).is_flagos and flag_gems.CALLS == ["zeros_like"]
+        assert torch.zeros_like(x, device="cpu").device.type == "cpu" and flag_gems.CALLS == ["zeros_like"]
 
 
 def check_a_wrong_kernel_that_is_forced_warns_once():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -105,9 +106,11 @@ def run_tasks(
     jobs: int = 1,
     timeout: float = 120.0,
     env: dict | None = None,
+    end: float = float("inf"),
 ) -> None:
     """Feeds tasks to `jobs` workers. on_crash may return what remains of the task; it is run by a fresh worker.
-    `timeout` is the longest silence of a worker, in seconds. Callbacks are called one at a time."""
+    `timeout` is the longest silence of a worker, in seconds. Callbacks are called one at a time. No
+    task is begun after `end` (time.monotonic)."""
     todo: queue.Queue = queue.Queue()
     for task in tasks:
         todo.put(task)
@@ -117,7 +120,7 @@ def run_tasks(
     def serve():
         worker = None
         try:
-            while not errors:
+            while not errors and time.monotonic() < end:
                 try:
                     task = todo.get_nowait()
                 except queue.Empty:

@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_library_that_cannot_be_loaded(tmp_path):
 def test_no_library(tmp_path):
     out = check_python(PROGRAM, FLAGGEMS_DIR=str(tmp_path), FLAGOS_OP_bmm="flagos")
     assert "was not found" in out and str(tmp_path) in out
-    out = check_python(PROGRAM, FLAGGEMS_DIR=None, FLAGOS_OP_bmm="flagos", PYTHONPATH=str(ROOT))
+    hidden = "import sys; sys.modules['flag_gems'] = None\n" + textwrap.dedent(PROGRAM)
+    out = check_python(hidden, FLAGGEMS_DIR=None, FLAGOS_OP_bmm="flagos", PYTHONPATH=str(ROOT))
     assert "backend not registered: bmm -> flagos" in out and "FLAGGEMS_DIR" in out
 
 

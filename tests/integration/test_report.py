@@ -1,5 +1,8 @@
 """report() and count_ops(): what ran, where, how often."""
 
+import time
+from xml.etree import ElementTree
+
 import pytest
 import torch
 
@@ -40,6 +43,41 @@ def test_count_ops_counts_only_inside(device):
     calls = {op: number for op, _, number in counts.rows()}
     assert calls["mm"] == 3
     assert sum(counts.by_backend().values()) == sum(calls.values())
+
+
+@pytest.mark.anyplatform
+def test_host_time(device, tmp_path):
+    x, y = torch.ones(2, 2, device=device), torch.ones(400, 400, device=device)
+    with torch_fl.count_ops() as counts:
+        for _ in range(20):
+            torch.neg(x)
+            torch.linalg.svdvals(y)
+    torch.mm(x, x)
+    report = torch_fl.report(counts)
+    rows = {row["op"]: row for row in report["calls"]}
+    assert rows["neg"]["calls"] == 20 and 0 < rows["neg"]["host_ms"] < rows["_linalg_svd"]["host_ms"]
+    assert sum(row["host_share"] for row in report["calls"]) == pytest.approx(1)
+    assert "host ms" in str(report) and "mm" not in rows
+    report.plot(tmp_path / "plot.svg", most=1)
+    drawing = ElementTree.parse(tmp_path / "plot.svg")
+    texts = [t.text for t in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert "_linalg_svd (20x)" in texts and any("more" in text for text in texts)
+    with pytest.raises(ValueError, match=r"plot.png.*svg"):
+        report.plot(tmp_path / "plot.png")
+    with pytest.raises(ValueError, match="count_ops"):
+        torch_fl.report().plot(tmp_path / "plot.svg")
+
+
+@pytest.mark.anyplatform
+def test_nested_operators_are_timed_once(device):
+    """A kernel that calls other operators is charged only with its own time."""
+    x = torch.ones(300, 300, device=device)
+    with torch_fl.count_ops() as counts:
+        start = time.perf_counter()
+        torch.nn.functional.dropout(x, 0.5)
+        torch.linalg.svdvals(x)
+        elapsed = time.perf_counter() - start
+    assert 0 < sum(seconds for *_, seconds in counts.timed_rows()) <= elapsed
 
 
 @pytest.mark.anyplatform

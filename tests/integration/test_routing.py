@@ -11,7 +11,7 @@ import torch
 import torch_fl
 from tests.common.process import check_python, error_line, run_python
 
-BACKENDS = {"flagos", "flagos_python", "cuda", "metax", "ascend", "host", "cpu"}
+BACKENDS = {"flagos", "flagos_python", "cuda", "metax", "ascend", "host", "composite", "cpu"}
 LINE = re.compile(r"^\[flagos dispatch\] (\S+) -> (\S+)$")
 
 

@@ -76,6 +76,29 @@ void malformed_lines() {
   CHECK(begins(conf_error("aten::mm = cpu"), "a.conf:1: unknown operator 'aten::mm'"));
 }
 
+void conditions() {
+  const auto line = conf("mm = flaggems_python [ dtype=float16,bfloat16  numel>=4096 numel<=65536 ] # why").front();
+  CHECK(line.backend == "flagos_python" && line.within.dtypes == std::vector<std::string>({"float16", "bfloat16"}));
+  CHECK(line.within.min_numel == 4096 && line.within.max_numel == 65536);
+  CHECK(line.within.text == "dtype=float16,bfloat16 numel>=4096 numel<=65536", "%s", line.within.text.c_str());
+  CHECK(conf("mm = cpu").front().within.text.empty());
+  const auto shown = resolve("mm", line, {{"flagos_python", true, false, ""}});
+  CHECK(has(shown.steps.front().reason, "within dtype=float16,bfloat16 numel>=4096"));
+  const std::vector<std::pair<std::string, std::string>> bad{{"mm = cpu [numel>=4", "expected ']'"},
+                                                             {"mm = cpu []", "no condition"},
+                                                             {"mm = cpu [dtype=float17]", "did you mean 'float16'?"},
+                                                             {"mm = cpu [dtype=]", "unknown dtype ''"},
+                                                             {"mm = cpu [numel>=x]", "number of elements"},
+                                                             {"mm = cpu [numel>=99999999999999999999]", "number of"},
+                                                             {"mm = cpu [numel>=]", "number of elements"},
+                                                             {"mm = cpu [ndim>=2]", "unknown condition 'ndim>=2'"},
+                                                             {"mm = [numel>=2]", "unknown backend ''"}};
+  for (const auto& [text, expected] : bad) {
+    const auto error = conf_error("\n" + text);
+    CHECK(begins(error, "a.conf:2: ") && has(error, expected), "'%s' gave '%s'", text.c_str(), error.c_str());
+  }
+}
+
 void nearest_names() {
   CHECK(has(conf_error("add.Tensr = cpu"), "unknown operator 'add.Tensr'; did you mean 'add.Tensor'?"));
   CHECK(has(conf_error("mm = cuad"), "unknown backend 'cuad'; did you mean 'cuda'?"));
@@ -254,6 +277,12 @@ class Fuzzer {
     if (below(8) == 0) text.insert(below(text.size() + 1), 1, static_cast<char>(below(256)));
     return text;
   }
+  std::string condition() {
+    static const std::vector<std::string> words{"dtype=float16", "dtype=bool,int64", "numel>=12", "numel<=7"};
+    std::string text = " [";
+    for (size_t n = below(3); n > 0; --n) text += word(words) + space();
+    return text + (below(8) ? "]" : "");
+  }
   std::string space() { return std::string(below(3), below(4) ? ' ' : '\t'); }
   std::string line() {
     switch (below(10)) {
@@ -265,12 +294,13 @@ class Fuzzer {
         return word(kOps) + space();
       default:
         return space() + word(kOps) + space() + (below(10) ? "=" : "==") + space() + word(backend_names()) +
-               (below(4) ? "" : " # c") + (below(4) ? "" : "\r");
+               (below(4) ? "" : condition()) + (below(4) ? "" : " # c") + (below(4) ? "" : "\r");
     }
   }
   void good(const RouteLine& line, const std::string& from) {
     CHECK(std::binary_search(kOps.begin(), kOps.end(), line.op), "%s", from.c_str());
     CHECK(!line.backend.empty() && canonical_backend(line.backend) == line.backend, "%s", from.c_str());
+    CHECK(line.within.min_numel >= 0 && line.within.max_numel >= 0, "%s", from.c_str());
   }
   // The number in "PREFIX<number>:...", or 0.
   static long line_number(const std::string& text, const std::string& prefix) {
@@ -307,15 +337,11 @@ int main(int argc, char** argv) {
     return fuzz(std::strtoull(argv[2], nullptr, 10), argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
   }
   const std::pair<const char*, void (*)()> checks[] = {
-      {"valid_lines", valid_lines},
-      {"malformed_lines", malformed_lines},
-      {"nearest_names", nearest_names},
-      {"duplicate_lines", duplicate_lines},
-      {"errors_are_one_printable_line", errors_are_one_printable_line},
-      {"environment", environment},
-      {"canonical_names", canonical_names},
-      {"default_order", default_order},
-      {"a_wish_is_met_or_fails", a_wish_is_met_or_fails},
+      {"valid_lines", valid_lines},         {"malformed_lines", malformed_lines},
+      {"conditions", conditions},           {"nearest_names", nearest_names},
+      {"duplicate_lines", duplicate_lines}, {"errors_are_one_printable_line", errors_are_one_printable_line},
+      {"environment", environment},         {"canonical_names", canonical_names},
+      {"default_order", default_order},     {"a_wish_is_met_or_fails", a_wish_is_met_or_fails},
   };
   for (const auto& [name, check] : checks) {
     const int before = failures;

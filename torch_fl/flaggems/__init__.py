@@ -2,9 +2,9 @@
 
 `ops_VERSION.txt` lists the operators of a version, one per line.
 
-`verdicts_VERSION_CHIP.json` says what a test on that chip found:
+`verdicts_VERSION_CHIP[_ARCHITECTURE].json` says what scripts/judge_flaggems.py found there:
 
-    {"flaggems": "5.0.2", "chip": "cuda", "device": "the device it was found on", "torch": "2.11.0",
+    {"flaggems": "5.0.2", "chip": "cuda", "arch": "sm90", "device": "the device it was found on", "torch": "2.11.0",
      "ops": {"silu":  {"verdict": "right"},
              "zero_": {"verdict": "right", "limits": {"contiguous": true}, "why": "writes from data_ptr on"},
              "cat":   {"verdict": "wrong", "why": "one tensor comes back itself", "reproducer": "torch.cat([x])"}}}
@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 NEWEST = "5.0.2"
-VERDICTS = ("right", "wrong")
+VERDICTS = ("right", "wrong", "unjudged", "unusable")
 
 
 class Judgement(NamedTuple):
-    verdict: str  # right, wrong, or unjudged
+    verdict: str  # one of VERDICTS
     why: str
     limits: dict
 
@@ -37,9 +37,24 @@ def operators(version: str | None) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
 
 
+def architecture(chip: str) -> str:
+    """What verdicts depend on besides the chip: sm_90 brings kernels of its own, for example."""
+    if chip == "cuda":
+        from torch_fl import _cuda
+
+        capability = _cuda.capability()
+        return f"sm{capability[0]}{capability[1]}" if capability else ""
+    return ""
+
+
+def verdict_file(version: str | None, chip: str) -> Path:
+    """Where the verdicts for this machine are, or would be."""
+    return FOLDER / ("_".join(filter(None, ("verdicts", version, chip, architecture(chip)))) + ".json")
+
+
 def judgements(version: str | None, chip: str, path: str | Path | None = None) -> dict[str, Judgement]:
     """The verdicts for a version and chip, or those of the file `path`; none when nobody has judged them."""
-    path = Path(path) if path else FOLDER / f"verdicts_{version}_{chip}.json"
+    path = Path(path) if path else verdict_file(version, chip)
     if not path.exists():
         return {}
     found = {}

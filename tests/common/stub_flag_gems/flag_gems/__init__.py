@@ -128,6 +128,16 @@ def sqrt(a):
     return torch.sqrt(a)
 
 
+@kernel("abs")
+def abs(a):
+    return torch.abs(a)
+
+
+@kernel("zeros_like")
+def zeros_like(a, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return torch.zeros_like(a, dtype=dtype)
+
+
 @kernel("native_layer_norm_backward")
 def native_layer_norm_backward(grad, x, shape, mean, rstd, weight=None, bias=None, output_mask=None):
     return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, output_mask)

@@ -1,0 +1,117 @@
+// within.cc: routes that are for some calls only: "silu = flagos_python [dtype=float16 numel>=4096]" (config.h).
+#include <algorithm>
+
+#include "csrc/aten/route.h"
+
+namespace flagos {
+
+namespace {
+
+void call_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                 torch::jit::Stack* stack) {
+  if (kernel.boxed) return kernel.boxed(op, keys, stack);
+  relabel_boxed(op, c10::DispatchKey::Dense, stack);
+}
+
+// The conditions of a wish, against the arguments of a call.
+class WithinCall final : public c10::OperatorKernel {
+ public:
+  WithinCall(Slot& slot, std::string backend, const Within& within, const Kernel& kernel)
+      : slot_(slot), backend_(std::move(backend)), min_(within.min_numel), max_(within.max_numel), kernel_(kernel) {
+    for (int i = 0; i < static_cast<int>(at::ScalarType::NumOptions); ++i) {
+      const auto type = static_cast<at::ScalarType>(i);
+      const auto name = torch_name(type);
+      if (within.dtypes.empty() || std::count(within.dtypes.begin(), within.dtypes.end(), name)) {
+        dtypes_ |= uint64_t{1} << i;
+      }
+    }
+  }
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    if (C10_LIKELY(holds(op, *stack))) return call_kernel(kernel_, op, keys, stack);
+    const auto* next = next_.load(std::memory_order_acquire);
+    if (!next) {
+      next = &decide_without(slot_, backend_);
+      next_.store(next, std::memory_order_release);
+    }
+    served_by(*next);
+    call_kernel(next->kernel, op, keys, stack);
+  }
+
+ private:
+  static std::string_view torch_name(at::ScalarType type) {
+    switch (type) {
+      case at::kHalf:
+        return "float16";
+      case at::kBFloat16:
+        return "bfloat16";
+      case at::kFloat:
+        return "float32";
+      case at::kDouble:
+        return "float64";
+      case at::kByte:
+        return "uint8";
+      case at::kChar:
+        return "int8";
+      case at::kShort:
+        return "int16";
+      case at::kInt:
+        return "int32";
+      case at::kLong:
+        return "int64";
+      case at::kBool:
+        return "bool";
+      case at::kComplexHalf:
+        return "complex32";
+      case at::kComplexFloat:
+        return "complex64";
+      case at::kComplexDouble:
+        return "complex128";
+      case at::kFloat8_e4m3fn:
+        return "float8_e4m3fn";
+      case at::kFloat8_e5m2:
+        return "float8_e5m2";
+      default:
+        return "";
+    }
+  }
+
+  bool holds(const c10::OperatorHandle& op, const torch::jit::Stack& stack) const {
+    int64_t numel = 0;
+    bool first = true, right = true;
+    const auto see = [&](const at::Tensor& t) {
+      if (!t.defined()) return;
+      if (first) right = (dtypes_ >> static_cast<unsigned>(t.scalar_type()) & 1) != 0;
+      first = false;
+      numel = std::max(numel, t.numel());
+    };
+    for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size() && right; ++i) {
+      if (stack[i].isTensor()) {
+        see(stack[i].toTensor());
+      } else if (stack[i].isTensorList()) {
+        for (const at::Tensor& t : stack[i].toTensorList()) see(t);
+      }
+    }
+    return right && numel >= min_ && numel <= max_;
+  }
+
+  Slot& slot_;
+  const std::string backend_;
+  const int64_t min_, max_;
+  const Kernel kernel_;
+  uint64_t dtypes_ = 0;
+  std::atomic<const Decision*> next_{nullptr};
+};
+
+}  // namespace
+
+c10::BoxedKernel within_kernel(Slot& slot, const std::string& backend, const Within& within, const Kernel& kernel) {
+  return c10::BoxedKernel::makeFromFunctor(std::make_unique<WithinCall>(slot, backend, within, kernel));
+}
+
+void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                   torch::jit::Stack* stack) {
+  call_kernel(decision.kernel, op, keys, stack);
+}
+
+}  // namespace flagos

@@ -1,0 +1,268 @@
+#!/usr/bin/env python3
+"""Judges FlagGems' Python kernels against the native ones and writes torch_fl/flaggems/verdicts_*.json.
+
+    python scripts/judge_flaggems.py --jobs 16 --budget 1500                    # on a GPU: verdicts_5.0.2_cuda_sm90.json
+    TRITON_INTERPRET=1 FLAGOS_ACCELERATOR=host python scripts/judge_flaggems.py      # anywhere: verdicts_5.0.2_host.json
+    python scripts/judge_flaggems.py --ops '^zero_$' --show                            # one operator, every case
+
+Each operator is tried with calls that OpInfo samples make, in many dtypes and layouts (tests/common/judge_cases.py),
+compared as tests/common/judge_run.py says; from the outcomes come the verdict and the smallest limits
+(tests/common/judge_limits.py). Workers are processes of their own: a crash, a hang or an illegal access fails a case
+and not the run. Outcomes are kept in --work as they come; a second call goes on from there, with --fresh anew. When
+--budget seconds are over, what has no outcome yet stays unjudged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from tests.common import judge_cases, judge_limits, judge_run, opdb, workers  # noqa: E402
+
+# What models call most; judged first, in case the budget ends the run.
+FIRST = """
+add.Tensor mul.Tensor sub.Tensor div.Tensor mm bmm addmm silu silu_backward _softmax _softmax_backward_data _log_softmax
+_log_softmax_backward_data mean.dim rsqrt pow.Tensor_Scalar neg cos sin exp cat embedding embedding_dense_backward
+native_layer_norm native_layer_norm_backward gelu gelu_backward sigmoid tanh relu where.self masked_fill.Scalar gather
+index.Tensor index_select scatter.src sum sum.dim_IntList mean max.dim argmax topk sort cumsum arange full zeros ones
+zeros_like ones_like fill_.Scalar zero_ copy_ _to_copy triu tril eq.Scalar eq.Tensor ne.Scalar ne.Tensor lt.Scalar
+lt.Tensor gt.Scalar gt.Tensor le.Tensor ge.Tensor nll_loss_forward nll_loss_backward add_.Tensor mul_.Tensor sub_.Tensor
+div_.Tensor stack bitwise_and.Tensor logical_and logical_not any all native_dropout native_dropout_backward uniform_
+normal_ exponential_ multinomial randn rand sqrt reciprocal clamp maximum minimum lerp.Scalar addcmul addcdiv abs
+""".split()
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", default="", help="regular expression on the operator's name")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole run")
+    parser.add_argument("--op-budget", type=float, default=90.0, help="seconds for one operator's cases")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a sign of life = a hang")
+    parser.add_argument("--most", type=int, default=120, help="cases of one operator at most")
+    parser.add_argument("--dtypes", default="", help="dtypes to try, separated by commas (default: all)")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
+    parser.add_argument("--fresh", action="store_true", help="forget the outcomes of earlier runs")
+    parser.add_argument("--out", type=Path, help="file of the verdicts (default: beside torch_fl/flaggems)")
+    parser.add_argument("--show", action="store_true", help="print every case instead of writing verdicts")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---- a worker ------------------------------------------------------------------------------------------------------
+
+
+def work(options) -> None:
+    channel = workers.Channel()
+    torch.set_num_threads(1)
+    index = None
+    for task in channel.tasks():
+        channel.at("start", "")
+        if "opinfo" in task:
+            channel.done({"opinfo": task["opinfo"], "reached": judge_cases.reached_by(task["opinfo"])})
+            continue
+        import torch_fl
+        from torch_fl.flaggems import interpreter
+
+        interpreted = torch_fl.chip() == "host"
+        index = index or json.loads((options.work / "index.json").read_text())
+        refused = unusable(task["op"])
+        if refused:
+            channel.done({"op": task["op"], "refused": refused})
+            continue
+        dtypes = options.dtypes.split(",") if options.dtypes else judge_cases.DTYPES
+        if interpreted:
+            dtypes = [d for d in dtypes if d not in interpreter.DTYPES_WRONG_HERE]
+        outcomes = []
+        cases = judge_cases.cases(task["op"], index, dtypes, options.most)
+        end = time.monotonic() + options.op_budget
+        for case in cases:
+            if case.label in task["skip"]:
+                continue
+            if time.monotonic() > end:
+                break
+            nest = case.nest()
+            channel.at(case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            try:
+                outcome = judge_run.judge(task["op"], case, interpreted)
+            except torch.AcceleratorError as error:  # the device is lost to this process
+                print(judge_run.first_lines(error), file=sys.stderr, flush=True)
+                os._exit(3)
+            if outcome:
+                outcomes.append(dataclasses.asdict(outcome))
+        channel.done({"op": task["op"], "outcomes": outcomes})
+
+
+def unusable(op: str) -> dict | None:
+    """The verdict on an operator that cannot be tried at all; None for the others."""
+    import torch_fl
+    from torch_fl import integration
+
+    table = integration.kernels()
+    if op in table and table[op][0] == "unusable":
+        return {"verdict": "unusable", "why": table[op][1]}
+    try:
+        with torch_fl.route({op: judge_run.BACKEND}):
+            chosen = [step for step in torch_fl.explain(op) if step.backend == judge_run.BACKEND]
+    except (RuntimeError, ValueError) as error:
+        return {"verdict": "unusable", "why": str(error)}
+    return None if chosen else {"verdict": "unusable", "why": "flagos_python has no kernel for it"}
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The outcomes so far: one line per operator in --work/outcomes.jsonl."""
+
+    def __init__(self, options):
+        self.options = options
+        self.end = time.monotonic() + options.budget
+        options.work.mkdir(parents=True, exist_ok=True)
+        self.path = options.work / "outcomes.jsonl"
+        if options.fresh and self.path.exists():
+            self.path.unlink()
+        self.results = {}
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                row = json.loads(line)
+                self.results[row["op"]] = row
+        self.crashed: dict[str, list] = {}
+
+    def index(self):
+        """Which OpInfos reach which overloads; made once."""
+        path = self.options.work / "index.json"
+        if path.exists():
+            return
+        found = {}
+        tasks = [{"opinfo": name} for name in opdb.ops_by_name()]
+        self.feed(tasks, lambda task, answer: found.update({answer["opinfo"]: answer["reached"]}), lambda crash: None)
+        path.write_text(json.dumps(found, sort_keys=True))
+
+    def feed(self, tasks, on_result, on_crash):
+        options = self.options
+        command = [sys.executable, __file__, "--worker", "--work", options.work, "--op-budget", options.op_budget]
+        command += ["--most", options.most, "--dtypes", options.dtypes]
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
+        nothing = options.work / "nothing.json"  # no verdict is in force while verdicts are made
+        nothing.write_text('{"ops": {}}')
+        environment["FLAGOS_FLAGGEMS_VERDICTS"] = str(nothing)
+        workers.run_tasks(
+            [str(c) for c in command], tasks, on_result, on_crash, options.jobs, options.timeout, environment, self.end
+        )
+
+    def judge(self, names):
+        tasks = [{"op": op, "skip": []} for op in names if op not in self.results]
+        self.feed(tasks, self.done, self.crash)
+
+    def done(self, task, row):
+        if "outcomes" in row:
+            row["outcomes"] += self.crashed.get(task["op"], [])
+        self.results[row["op"]] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if not self.options.show:
+            print(f"{len(self.results):4} {row['op']:36} {short(self.entry(row['op']))}", flush=True)
+
+    def crash(self, crash):
+        """A case that killed its process is a failed one; the others are tried again without it."""
+        label, call, facts = crash.at if crash.at and len(crash.at) == 3 else ("start", "", {})
+        task = crash.task
+        tail = next((line for line in reversed(crash.tail) if line.strip()), "")
+        outcome = judge_limits.Outcome(label, "failed", message=f"{crash.how}: {tail}"[:300], call=call, **facts)
+        self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
+        if label == "start" or len(task["skip"]) >= 5 or time.monotonic() > self.end:
+            self.done(task, {"op": task["op"], "outcomes": []})
+            return None
+        return {**task, "skip": [*task["skip"], label]}
+
+    def entry(self, op):
+        row = self.results.get(op)
+        if row is None:
+            return {"verdict": "unjudged", "why": "not judged: the time was over"}
+        return row.get("refused") or judge_limits.verdict([judge_limits.Outcome(**o) for o in row["outcomes"]])
+
+
+def short(entry) -> str:
+    limits = entry.get("limits", {})
+    shown = " ".join(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in limits.items())
+    passed = f"{entry['passed']}/{entry['cases']}" if "cases" in entry else ""
+    return f"{entry['verdict']:9} {passed:8} {shown} {entry.get('why', '')}"[:200]
+
+
+def header() -> dict:
+    """What the verdicts hold for."""
+    import triton
+
+    import torch_fl
+    from torch_fl import flaggems, integration
+
+    interpreted = torch_fl.chip() == "host"
+    return {
+        "flaggems": integration.installed_version(),
+        "chip": torch_fl.chip(),
+        "arch": flaggems.architecture(torch_fl.chip()),
+        "device": "Triton's interpreter on a CPU: no verdict on a GPU" if interpreted else torch.flagos.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "made_by": "scripts/judge_flaggems.py",
+    }
+
+
+def main(argv=None) -> int:
+    options = arguments(argv)
+    if options.worker:
+        work(options)
+        return 0
+    import torch_fl
+    from torch_fl import flaggems, integration
+
+    if torch_fl.chip() == "host" and not integration.interpreted():
+        print("judge_flaggems: no GPU: set TRITON_INTERPRET=1 to judge in Triton's interpreter", file=sys.stderr)
+        return 1
+    version = integration.installed_version()
+    if version is None:
+        print("judge_flaggems: FlagGems is not installed: pip install --no-deps flag_gems==5.0.2", file=sys.stderr)
+        return 1
+    every = flaggems.operators(version)
+    rank = {op: i for i, op in enumerate(FIRST)}
+    names = sorted((op for op in every if re.search(options.ops, op)), key=lambda op: (rank.get(op, len(rank)), op))
+    run = Run(options)
+    run.index()
+    if options.show:
+        run.results = {}
+    run.judge(names)
+    if options.show:
+        for op in names:
+            for outcome in run.results[op].get("outcomes", []):
+                print(f"{outcome['state']:10} {outcome['label']:50} {outcome['call']} {outcome['message']}")
+            print(f"{op}: {short(run.entry(op))}")
+        return 0
+    entries = {op: run.entry(op) for op in sorted(every)}
+    data = {**header(), "ops": entries}
+    path = options.out or flaggems.verdict_file(version, torch_fl.chip())
+    lines = ",\n".join(f'  {json.dumps(op)}: {json.dumps(entry)}' for op, entry in entries.items())
+    head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "ops")
+    path.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")
+    totals: dict[str, int] = {}
+    for entry in entries.values():
+        totals[entry["verdict"]] = totals.get(entry["verdict"], 0) + 1
+    print(f"{path}: " + ", ".join(f"{name} {count}" for name, count in sorted(totals.items())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

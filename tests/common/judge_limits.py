@@ -1,0 +1,126 @@
+"""From the cases of a kernel to its verdict: right, right within limits, wrong, or not judged.
+
+A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
+nonempty, nonscalar, same_shape, same_dtype, max_numel. Of all sets of limits under which no case fails, the one that keeps most
+passing cases is taken, and of those the smallest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype")
+STRIDES = "strides are"  # in the message of a case whose result has other strides
+ENOUGH = 3  # passing cases without which nothing is called right
+
+
+@dataclass
+class Outcome:
+    label: str
+    state: str  # passed, failed, or limitation: this judge's own, which says nothing about the kernel
+    dtypes: list[str] = field(default_factory=list)  # of the tensors
+    flags: list[str] = field(default_factory=list)  # those of FLAGS that hold
+    numel: int = 0  # of the largest tensor
+    message: str = ""
+    call: str = ""  # the operator and its arguments in words
+
+
+def features(tensors, dtypes=()) -> dict:
+    """What the limits look at, as csrc/python/python_kernels.cc computes it. `dtypes`: those among the arguments."""
+    flags = []
+    if all(t.is_contiguous() for t in tensors):
+        flags.append("contiguous")
+    if all(t.numel() for t in tensors):
+        flags.append("nonempty")
+    if all(t.dim() for t in tensors):
+        flags.append("nonscalar")
+    if len({t.shape for t in tensors}) <= 1:
+        flags.append("same_shape")
+    if len({t.dtype for t in tensors}) <= 1:
+        flags.append("same_dtype")
+    return {
+        "dtypes": sorted({str(d).split(".")[1] for d in (*dtypes, *(t.dtype for t in tensors))}),
+        "flags": flags,
+        "numel": max((t.numel() for t in tensors), default=0),
+    }
+
+
+def _dtypes(passed, failed):
+    """The dtypes of the passing cases without those that have to go so that no case fails; None when nothing is left.
+
+    The dtype goes first that takes most failures with it for each passing case that it costs."""
+    allowed = {d for o in passed for d in o.dtypes}
+    while True:
+        left = [o for o in failed if set(o.dtypes) <= allowed]
+        if not left:
+            return allowed
+
+        def price(d, left=left):
+            loss = sum(d in o.dtypes and set(o.dtypes) <= allowed for o in passed)
+            return (loss / sum(d in o.dtypes for o in left), d)
+
+        candidates = {d for o in left for d in o.dtypes}
+        if not candidates:  # a case without tensors
+            return None
+        allowed.discard(min(candidates, key=price))
+        if not allowed:
+            return None
+
+
+def verdict(outcomes: list[Outcome]) -> dict:
+    """The entry of verdicts_*.json."""
+    passed = [o for o in outcomes if o.state == "passed"]
+    failed = [o for o in outcomes if o.state == "failed"]
+    limited = [o for o in outcomes if o.state == "limitation"]
+    counts = {"cases": len(passed) + len(failed), "passed": len(passed)}
+    if not passed and not failed:
+        why = f"not judged here: {limited[0].message}" if limited else "not judged: no sample reaches it"
+        return {"verdict": "unjudged", "why": why}
+    if not failed:
+        if len(passed) < ENOUGH:
+            return {"verdict": "unjudged", "why": f"only {len(passed)} cases could be tried", **counts}
+        return _right({}, {d for o in passed for d in o.dtypes}, counts, None)
+    # Other strides than the native kernel's are a matter of layout: no dtype or size is to blame for them.
+    needed = {"contiguous"} if any(STRIDES in o.message and "contiguous" not in o.flags for o in failed) else set()
+    best = None
+    sizes = sorted({o.numel for o in failed})
+    for count in range(len(FLAGS) + 1):
+        for flags in itertools.combinations(FLAGS, count):
+            if not needed <= set(flags):
+                continue
+            for most in (None, sizes[0] - 1):
+                if most is not None and most < 1024:
+                    continue
+
+                def inside(o, flags=flags, most=most):
+                    return set(flags) <= set(o.flags) and (most is None or o.numel <= most)
+
+                kept = [o for o in passed if inside(o)]
+                dtypes = _dtypes(kept, [o for o in failed if inside(o)])
+                if dtypes is None:
+                    continue
+                kept = [o for o in kept if set(o.dtypes) <= dtypes]
+                # A limit on the size may cost nothing that was tried; it is taken only when nothing else will do.
+                score = (len(kept), most is None, -count)
+                if len(kept) >= ENOUGH and (best is None or score > best[0]):
+                    best = (score, flags, most, dtypes)
+    first = failed[0]
+    if best is None:
+        return {"verdict": "wrong", "why": first.message, "reproducer": first.label, "call": first.call, **counts}
+    _, flags, most, dtypes = best
+    limits = dict.fromkeys(flags, True)
+    if most is not None:
+        limits["max_numel"] = most
+    return _right(limits, dtypes, counts, first)
+
+
+def _right(limits, dtypes, counts, failure):
+    entry = {"verdict": "right"}
+    # Only what was tried: a dtype that no case had is not promised.
+    limits = {**({"dtypes": sorted(dtypes)} if dtypes else {}), **limits}
+    if limits:
+        entry["limits"] = limits
+    if failure is not None:
+        entry.update(why=failure.message, reproducer=failure.label, call=failure.call)
+    return {**entry, **counts}
