@@ -2,8 +2,8 @@
 """Writes the tables of typed routes (csrc/aten/register.h) into the build tree, from the installed torch.
 
 The list is every aten overload with a CPU or CUDA kernel in the operator table that torch ships (torchgen's packaged
-native_functions.yaml), plus WHOLE and FLAGGEMS below. Overloads whose at::_ops struct the installed headers lack are left out; they
-reach the boxed fallback.
+native_functions.yaml), plus WHOLE and FLAGGEMS below. Overloads whose at::_ops struct the installed headers lack are
+left out; they reach the boxed fallback.
 
     gen_ops.py --out DIR --units N     writes ops_<i>.cc and ops_all.cc, only where the content changed
 """
@@ -83,7 +83,8 @@ def write(path: pathlib.Path, text: str) -> None:
 def unit(index: int, rows) -> str:
     includes = "\n".join(sorted({f"#include <ATen/ops/{stem}_ops.h>" for _, _, stem, *_ in rows}))
     body = "\n".join(
-        f'    {"composed" if composed else "typed"}_route<at::_ops::{struct}>("{name}", {str(whole).lower()}, {str(device).lower()}),'
+        f"    {'composed' if composed else 'typed'}_route<at::_ops::{struct}>"
+        f'("{name}", {str(whole).lower()}, {str(device).lower()}),'
         for name, struct, _, whole, device, composed in rows
     )
     return (

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Judges FlagGems' Python kernels against the native ones and writes torch_fl/flaggems/verdicts_*.json.
 
-    python scripts/judge_flaggems.py --jobs 16 --budget 1500                    # on a GPU: verdicts_5.0.2_cuda_sm90.json
-    TRITON_INTERPRET=1 FLAGOS_ACCELERATOR=host python scripts/judge_flaggems.py      # anywhere: verdicts_5.0.2_host.json
-    python scripts/judge_flaggems.py --ops '^zero_$' --show                            # one operator, every case
+    python scripts/judge_flaggems.py --jobs 16 --budget 1500             # on a GPU: verdicts_5.0.2_cuda_sm90.json
+    TRITON_INTERPRET=1 FLAGOS_ACCELERATOR=host python scripts/judge_flaggems.py      # anywhere: ..._host.json
+    python scripts/judge_flaggems.py --ops '^zero_$' --show                           # one operator, every case
 
 Each operator is tried with calls that OpInfo samples make, in many dtypes and layouts (tests/common/judge_cases.py),
 compared as tests/common/judge_run.py says; from the outcomes come the verdict and the smallest limits
@@ -215,7 +215,9 @@ def header() -> dict:
         "flaggems": integration.installed_version(),
         "chip": torch_fl.chip(),
         "arch": flaggems.architecture(torch_fl.chip()),
-        "device": "Triton's interpreter on a CPU: no verdict on a GPU" if interpreted else torch.flagos.get_device_name(),
+        "device": "Triton's interpreter on a CPU: no verdict on a GPU"
+        if interpreted
+        else torch.flagos.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "made_by": "scripts/judge_flaggems.py",
@@ -254,7 +256,7 @@ def main(argv=None) -> int:
     entries = {op: run.entry(op) for op in sorted(every)}
     data = {**header(), "ops": entries}
     path = options.out or flaggems.verdict_file(version, torch_fl.chip())
-    lines = ",\n".join(f'  {json.dumps(op)}: {json.dumps(entry)}' for op, entry in entries.items())
+    lines = ",\n".join(f"  {json.dumps(op)}: {json.dumps(entry)}" for op, entry in entries.items())
     head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "ops")
     path.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")
     totals: dict[str, int] = {}

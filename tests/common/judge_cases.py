@@ -175,7 +175,7 @@ def _map_tensors(nest, change):
 
 
 def _large(nest):
-    """Every tensor's last dimension repeated: beyond one block of a kernel. What must stay small, the reference says."""
+    """Every tensor's last dimension repeated: beyond one block of a kernel. What must be small, the reference says."""
     sizes = [t.shape[-1] for t in tensors_in(nest) if t.dim()]
     longest = max(sizes, default=0)
 

@@ -1,8 +1,8 @@
 """From the cases of a kernel to its verdict: right, right within limits, wrong, or not judged.
 
 A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
-nonempty, nonscalar, same_shape, same_dtype, max_numel. Of all sets of limits under which no case fails, the one that keeps most
-passing cases is taken, and of those the smallest.
+nonempty, nonscalar, same_shape, same_dtype, max_numel. Of all sets of limits under which no case fails, the one that
+keeps most passing cases is taken, and of those the smallest.
 """
 
 from __future__ import annotations

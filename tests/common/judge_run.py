@@ -239,8 +239,9 @@ def distribution(op, nest, torch_fl):
         raise Mismatch("two calls in a row give the same numbers")
     times = max(1, DRAWS // first.numel())
     mine = torch.cat([draw(seed) for seed in range(times)])
-    theirs = torch.cat([to_host(tensors_in(_call(op, copy_tree(nest, "flagos"), s))[0]).double().flatten()
-                        for s in range(times)])
+    theirs = torch.cat(
+        [to_host(tensors_in(_call(op, copy_tree(nest, "flagos"), s))[0]).double().flatten() for s in range(times)]
+    )
     deviation = theirs.std()
     error = 6 * deviation / theirs.numel() ** 0.5
     if (mine.mean() - theirs.mean()).abs() > error or (mine.std() - deviation).abs() > 0.2 * deviation:

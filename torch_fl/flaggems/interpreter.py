@@ -142,10 +142,15 @@ def _elementwise(function):
         found = function(*(torch.from_numpy(a.astype(numpy.float64)) for a in arrays)).numpy()
         if found.dtype == bool:
             kind, found = language.int32, found.astype(numpy.int32)
-        found = found.astype({16: numpy.float16, 32: found.dtype if found.dtype == numpy.int32 else numpy.float32}.get(
-            kind.primitive_bitwidth, numpy.float64))
+        found = found.astype(
+            {16: numpy.float16, 32: found.dtype if found.dtype == numpy.int32 else numpy.float32}.get(
+                kind.primitive_bitwidth, numpy.float64
+            )
+        )
         shape = next((t.type for t in tensors if t.type.is_block()), None)
-        return language.tensor(TensorHandle(found, kind), language.block_type(kind, list(found.shape)) if shape else kind)
+        return language.tensor(
+            TensorHandle(found, kind), language.block_type(kind, list(found.shape)) if shape else kind
+        )
 
     return call
 
@@ -153,8 +158,8 @@ def _elementwise(function):
 FUNCTIONS = {
     name: _elementwise(getattr(torch, name))
     for name in (
-        "abs acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh erf erfc exp exp2 expm1 floor fmod hypot isinf "
-        "isnan log log10 log1p log2 pow rsqrt signbit sin sinh sqrt tan tanh trunc"
+        "abs acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh erf erfc exp exp2 expm1 floor fmod hypot "
+        "isinf isnan log log10 log1p log2 pow rsqrt signbit sin sinh sqrt tan tanh trunc"
     ).split()
 }
 FUNCTIONS["rint"] = FUNCTIONS["nearbyint"] = _elementwise(torch.round)
