@@ -1,8 +1,15 @@
 """DataLoader: pinned batches, non_blocking transfers, workers (fork and spawn), a training epoch."""
 
+import gc
+import multiprocessing
+import os
+import threading
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import torch_fl
 
 
 class Squares(Dataset):
@@ -85,3 +92,66 @@ def test_collate_of_device_tensors_in_the_main_process(device):
     data = TensorDataset(torch.arange(6.0, device=device))
     batches = [x for (x,) in DataLoader(data, batch_size=3)]
     assert all(x.is_flagos for x in batches) and torch.cat(batches).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# What a long run must not do: grow. /proc counts the process's own files; workers are its children.
+def _in_use():
+    gc.collect()
+    torch.flagos.synchronize()
+    torch.flagos.empty_cache()
+    torch_fl._C._host_empty_cache()  # what is cached depends on how far the loader was ahead
+    sim = getattr(torch_fl._C, "_sim", None)
+    device = sim.live(0) if torch_fl.chip() == "host" else torch.flagos.memory_allocated()
+    return {
+        "open files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "workers": len(multiprocessing.active_children()),
+        "device memory": device,
+        "pinned memory": torch.flagos.host_memory_stats()["allocated_bytes.current"],
+    }
+
+
+def _epochs(number, context, workers, persistent, device):
+    loader = DataLoader(
+        Squares(), batch_size=4, num_workers=workers, pin_memory=True, multiprocessing_context=context,
+        persistent_workers=persistent, prefetch_factor=2,
+    )  # fmt: skip
+    for _ in range(number):
+        assert sorted(epoch(loader, device)) == [float(k) for k in range(40)]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("context", "persistent"),
+    [
+        ("fork", False),
+        ("spawn", True),
+        pytest.param("fork", True, marks=pytest.mark.slow),
+        pytest.param("spawn", False, marks=pytest.mark.slow),
+    ],
+)
+def test_four_workers_and_pinned_memory_for_three_epochs(context, persistent, device):
+    """No hang (the timeout), and what the first run needs is all that the second needs."""
+    _epochs(3, context, 4, persistent, device)
+    before = _in_use()
+    _epochs(3, context, 4, persistent, device)
+    after = _in_use()
+    if persistent:  # torch itself keeps such workers' Process objects, with two pipes each, until exit
+        before["open files"] += 2 * 4
+    assert {name: (before[name], after[name]) for name in before if before[name] != after[name]} == {}
+
+
+def test_leaving_an_epoch_early_leaves_nothing_behind(device):
+    def leave():
+        loader = DataLoader(Squares(), batch_size=2, num_workers=4, pin_memory=True, multiprocessing_context="fork")
+        for x, _ in loader:
+            x.to(device, non_blocking=True)
+            break
+
+    leave()
+    before = _in_use()
+    for _ in range(2):
+        leave()
+    after = _in_use()
+    assert after["workers"] == 0
+    assert {name: (before[name], after[name]) for name in before if before[name] < after[name]} == {}

@@ -108,7 +108,29 @@ def losses(trained):
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("make", [qwen3, qwen3_moe, bert, vit, t5, whisper], ids=lambda make: make.__name__)
+FAMILIES = [qwen3, qwen3_moe, bert, vit, t5, whisper]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+def test_twenty_steps_evaluate_save_resume(make, tmp_path):
+    """A whole run: 20 steps and evaluations as on the CPU; from the checkpoint of step 10 the same last ten."""
+    options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 10}
+    here = trainer(make, tmp_path / "flagos", **options)
+    here.train()
+    there = trainer(make, tmp_path / "cpu", cpu=True, **options)
+    there.train()
+    assert len(losses(here)) == 20 and losses(here) == pytest.approx(losses(there), rel=2e-3)
+    evaluated = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (here, there)]
+    assert len(evaluated[0]) == 2 and evaluated[0] == pytest.approx(evaluated[1], rel=2e-3)
+    resumed = trainer(make, tmp_path / "flagos", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "flagos" / "checkpoint-10"))
+    assert losses(resumed)[-10:] == pytest.approx(losses(here)[-10:], rel=1e-6)
+    for actual, expected in zip(resumed.model.parameters(), here.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 def test_training_equals_the_cpu_s(make, tmp_path):
     here = trainer(make, tmp_path, cpu=False)
     assert here.args.device.type == "flagos"
