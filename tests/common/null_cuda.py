@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "null_cuda"
+COMPILER = "libnvrtc.so.13"  # torch opens it by its name, and the first one that is loaded is it
 
 
 def missing() -> str | None:
@@ -44,7 +45,7 @@ def build() -> Path:
 
     sources = sorted(SOURCES.glob("*.cc"))
     state = hashlib.sha256(torch.__version__.encode())
-    for file in [*sources, SOURCES / "null_cuda.h"]:
+    for file in [*sources, SOURCES / "null_cuda.h", Path(__file__)]:
         state.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"torch_fl_null_cuda_{os.getuid()}_{state.hexdigest()[:16]}"
     library = folder / "libcuda.so.1"  # the name that Triton and torch's run-time compiler load
@@ -60,13 +61,15 @@ def build() -> Path:
     # Written under names of our own and renamed at the end: tests of several processes may build it at once.
     own = f"{os.getpid()}.tmp"
     (folder / f"names.{own}").write_text("".join(f"CALL({name})\n" for name in sorted(names)))
-    command = ["c++", "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1"]
-    command += [f'-DCUBLAS_NAMES="{folder}/names.{own}"', "-o", str(folder / own)]
+    common = ["c++", "-std=c++17", "-O2", "-g", "-fPIC", "-shared", f'-DCUBLAS_NAMES="{folder}/names.{own}"']
     for include in cuda_includes().split("|"):
-        command += ["-isystem", include]
-    done = subprocess.run([*command, *map(str, sources), "-ldl"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (folder / own).rename(library)
+        common += ["-isystem", include]
+    compiler = [file for file in sources if file.stem == "compiler"]
+    for name, files in ((COMPILER, compiler), (library.name, [f for f in sources if f not in compiler])):
+        command = [*common, f"-Wl,-soname,{name}", "-o", str(folder / own), *map(str, files), "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        (folder / own).rename(folder / name)
     return library
 
 
@@ -76,7 +79,7 @@ def environment(devices: int = 1, **settings) -> dict[str, str]:
     variables = {f"NULL_CUDA_{name.upper()}": str(value) for name, value in settings.items()}
     path = f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
     return variables | {
-        "LD_PRELOAD": str(library),
+        "LD_PRELOAD": f"{library}:{library.parent / COMPILER}",
         "LD_LIBRARY_PATH": path,
         "FLAGOS_ACCELERATOR": "cuda",
         "NULL_CUDA_DEVICES": str(devices),
@@ -85,13 +88,13 @@ def environment(devices: int = 1, **settings) -> dict[str, str]:
 
 def active() -> bool:
     """Whether this process runs on the null CUDA."""
-    return "libcuda.so.1" in os.environ.get("LD_PRELOAD", "") and "null_cuda" in os.environ["LD_PRELOAD"]
+    return "null_cuda" in os.environ.get("LD_PRELOAD", "")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library that this process was started with."""
-    loaded = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    loaded = ctypes.CDLL(os.environ["LD_PRELOAD"].split(":")[0])
     loaded.null_cuda_read.restype = ctypes.c_size_t
     loaded.null_cuda_read.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
     loaded.null_cuda_launches.restype = ctypes.c_ulonglong

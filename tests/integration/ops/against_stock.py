@@ -8,6 +8,9 @@ Each device computes in processes of its own and gives digests: stock CUDA autog
 fail inside torch. Stock runs every case twice, so that operators whose own results vary are known; those are compared
 by sums. Only cases that stock passes count. Exit code 0 when every one of them passes on flagos and no operator reached
 the copying CPU fallback.
+
+On the null CUDA (tests/null_cuda; no GPU) kernels compute nothing. There a case passes when it launches the same
+kernels with the same grids, copies the same bytes and gives results of the same type, size and layout.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 
-from tests.common import opdb, workers  # noqa: E402
+from tests.common import null_cuda, opdb, workers  # noqa: E402
 from tests.common.compare import first_lines, to_host  # noqa: E402
 from tests.common.devices import fallback_counts, load_device, versions  # noqa: E402
 from tests.common.samples import copy_tree, tensors_in, tree_map  # noqa: E402
@@ -117,6 +120,16 @@ def work(options) -> None:
     stock = options.device == options.stock
     ops = opdb.ops_by_name()
     warnings.simplefilter("ignore")
+    observed = run_mode
+    if null_cuda.active():
+        torch.backends.cudnn.enabled = False  # it asks the driver for more than the null CUDA has
+
+        def observed(*arguments):
+            log, tensors = null_cuda.launches(lambda: run_mode(*arguments))
+            if options.show:
+                print("\n".join(log), file=sys.stderr, flush=True)
+            return [*tensors, torch.frombuffer(bytearray("\n".join(log).encode() or b"-"), dtype=torch.uint8)]
+
     for task in channel.tasks():
         op, dtype = ops[task["op"]], getattr(torch, task["dtype"])
         values = opdb.op_name(op).split(".")[0] not in opdb.UNINITIALIZED
@@ -134,8 +147,8 @@ def work(options) -> None:
                     continue
                 channel.at(mode, sample.label)
                 try:
-                    found, sums = digest(run_mode(op, sample, mode, options.device), values)
-                    steady = not stock or digest(run_mode(op, sample, mode, options.device), values)[0] == found
+                    found, sums = digest(observed(op, sample, mode, options.device), values)
+                    steady = not stock or digest(observed(op, sample, mode, options.device), values)[0] == found
                     cases[name] = ["ok", found, sums, steady]
                 except opdb.NotCounted:
                     continue
@@ -164,7 +177,7 @@ def sweep(options, device: str, tasks) -> tuple[dict, dict]:
     fallbacks: dict = {}
     end = time.monotonic() + options.limit / 2
     command = [sys.executable, __file__, "--worker", "--device", device, "--stock", options.stock]
-    command += ["--samples", str(options.samples)] + ["--variants"] * options.variants
+    command += ["--samples", str(options.samples)] + ["--variants"] * options.variants + ["--show"] * options.show
     environment = dict(os.environ)
     if device == options.stock:
         environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
@@ -240,6 +253,7 @@ def main(argv=None) -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
     parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--show", action="store_true", help="on the null CUDA: what each case launches, on stderr")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
