@@ -194,6 +194,10 @@ void Call::enter(const char* op, bool mixed_allowed) {
   if (C10_UNLIKELY(released_ != nullptr || other_index_ >= 0 || foreign_storage_ || (cpu_tensor_ && flagos_tensor_))) {
     refuse(op, mixed_allowed);
   }
+  if (C10_UNLIKELY(!native.started.load(std::memory_order_relaxed))) {
+    platform().start();
+    native.started.store(true, std::memory_order_relaxed);
+  }
   if (index_ < 0) index_ = platform().current_device();
   if (native.entry && results_native_) return;
   outer_device_ = native_call_device;

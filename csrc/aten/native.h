@@ -4,15 +4,18 @@
 #include <c10/core/Device.h>
 #include <c10/core/DispatchKeySet.h>
 
+#include <atomic>
+
 #include "csrc/runtime/platform.h"
 
 namespace flagos {
 
 // Torch's kernels see a chip's memory as `type` tensors: CUDA on NVIDIA, CPU on the simulated host. Read-only after
-// set_native().
+// set_native(), but for `started`.
 struct Native {
-  bool present = false;  // false: torch has no kernels for this chip (MetaX, Ascend)
-  bool entry = false;    // Platform::enter_native must run before a kernel
+  bool present = false;                      // false: torch has no kernels for this chip (MetaX, Ascend)
+  bool entry = false;                        // Platform::enter_native must run before a kernel
+  mutable std::atomic<bool> started{false};  // Platform::start has run
   c10::DeviceType type = c10::DeviceType::CPU;
   c10::BackendComponent backend = c10::BackendComponent::CPUBit;
   c10::DispatchKeySet dense;  // what Op::redispatch gets

@@ -3,6 +3,7 @@
 
 #include <c10/core/AllocatorConfig.h>
 #include <c10/core/impl/GPUTrace.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 
 #include <algorithm>
 #include <limits>
@@ -309,8 +310,13 @@ size_t AllocFront::flush_locked(c10::DeviceIndex index) {
 size_t AllocFront::flush(c10::DeviceIndex device) {
   if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return 0;
   end_late();
+  // A memory profiler has seen these blocks freed when they came to wait, or was not there to see them allocated.
+  const auto watched = c10::ThreadLocalDebugInfo::current();
+  c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(nullptr);
   const Guard guard(lock_);
-  return flush_locked(device);
+  const size_t flushed = flush_locked(device);
+  c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(watched);
+  return flushed;
 }
 
 size_t AllocFront::try_flush(c10::DeviceIndex device) {

@@ -68,6 +68,7 @@ class CudaPlatform final : public Platform {
  public:
   const char* chip() const override { return "cuda"; }
   std::optional<c10::DeviceType> native_type() const override { return c10::kCUDA; }
+  void start() override { initialize(); }
 
   // ---- devices
   c10::DeviceIndex device_count() const noexcept override { return c10::cuda::device_count(); }

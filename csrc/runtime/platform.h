@@ -114,6 +114,8 @@ class Platform {
   // Called before a native kernel runs on device `index`, when native_needs_entry(): the host chip waits here until
   // the current stream has drained, because its "kernels" run on the calling thread.
   virtual bool native_needs_entry() const { return false; }
+  // Prepares the chip for torch's own kernels; comes before the first of them, from any thread, perhaps several times.
+  virtual void start() {}
   virtual void enter_native(c10::DeviceIndex /*index*/) {}
 
   // ---- random numbers

@@ -1,6 +1,6 @@
-// blas.cc: cuBLAS of the null CUDA: every function that torch takes from it succeeds and leaves a line with the small
-// numbers among its first arguments, which for a matrix product are its sizes. CUBLAS_NAMES, made when this is built,
-// is a file with one CALL(name) for each of them, without those written out here.
+// blas.cc: cuBLAS and cuFFT of the null CUDA: every function that torch takes from it succeeds and leaves a line with
+// the small numbers among its first arguments, which for a matrix product are its sizes. CUBLAS_NAMES, made when this
+// is built, is a file with one CALL(name) for each of them, without those written out here.
 #include <cstring>
 #include <string>
 
@@ -60,5 +60,32 @@ NULL_CUDA_API int cublasGetMathMode(void*, int* out) {
 NULL_CUDA_API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void*,
                                                  int* found) {
   *found = 1;
+  return 0;
+}
+
+// ---- cuFFT: plans of no size, and executions that are logged
+
+NULL_CUDA_API int cufftCreate(int* plan) {
+  static int plans = 0;
+  *plan = ++plans;
+  return 0;
+}
+NULL_CUDA_API int cufftDestroy(int) { return 0; }
+NULL_CUDA_API int cufftSetAutoAllocation(int, int) { return 0; }
+NULL_CUDA_API int cufftSetStream(int, void*) { return 0; }
+NULL_CUDA_API int cufftSetWorkArea(int, void*) { return 0; }
+NULL_CUDA_API int cufftXtMakePlanMany(int, int rank, long long* n, long long*, long long, long long, int in, long long*,
+                                      long long, long long, int out, long long batch, size_t* work, int execution) {
+  *work = 0;
+  if (!null_cuda::recording()) return 0;
+  std::string line = "cufft plan of";
+  for (int i = 0; i < rank; ++i) line += " " + std::to_string(n[i]);
+  for (long long value : {(long long)in, (long long)out, batch, (long long)execution})
+    line += " " + std::to_string(value);
+  null_cuda::record(line, nullptr);
+  return 0;
+}
+NULL_CUDA_API int cufftXtExec(int, void*, void*, int direction) {
+  null_cuda::record("cufft " + std::to_string(direction), nullptr);
   return 0;
 }
