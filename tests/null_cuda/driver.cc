@@ -89,7 +89,7 @@ std::string text_of(const void* value, size_t size) {
 
 CUresult launch(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                 unsigned shared, CUstream stream, void** parameters, const std::string& attributes) {
-  if (cudaError_t error = standing_error()) return CUresult(error);
+  if (cudaError_t error = enter("cuLaunchKernelEx")) return CUresult(error);  // whichever of the launch functions
   auto* function = reinterpret_cast<Function*>(f);
   count_launch();
   char text[160];
