@@ -15,17 +15,26 @@ namespace flagos {
 namespace {
 
 bool mixed_devices_allowed(const std::string& name) {
+  if (name.compare(0, 6, "aten::") != 0) return false;
   static const std::set<std::string> names{"aten::index",         "aten::index_put_",        "aten::index_put",
                                            "aten::_unsafe_index", "aten::_unsafe_index_put", "aten::_index_put_impl_",
                                            "aten::copy_",         "aten::_copy_from"};
   return names.count(name) > 0;
 }
 
-// Relabels one argument in place on the stack. `kept` holds the originals, which the Call points at.
-void map_argument(Call& call, c10::IValue& value, bool write, std::forward_list<at::Tensor>& kept) {
+// The original arguments, which the Call points at.
+using Kept = c10::SmallVector<at::Tensor, 8>;
+
+// An upper bound of the tensors in one argument.
+size_t tensors_in(const c10::IValue& value) {
+  return value.isTensor() ? 1 : value.isTensorList() || value.isOptionalTensorList() ? value.toListRef().size() : 0;
+}
+
+// Relabels one argument in place on the stack. `kept` has room for its tensors, so that they stay where they are.
+void map_argument(Call& call, c10::IValue& value, bool write, Kept& kept) {
   const auto keep = [&](at::Tensor t) -> const at::Tensor& {
-    kept.push_front(std::move(t));
-    return kept.front();
+    kept.push_back(std::move(t));
+    return kept.back();
   };
   if (value.isTensor()) {
     const auto& original = keep(std::move(value).toTensor());
@@ -99,7 +108,10 @@ void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::
   const auto& arguments = schema.arguments();
   const size_t first = stack->size() - arguments.size();
   BelowAutograd below;
-  std::forward_list<at::Tensor> kept;
+  size_t tensors = 0;
+  for (size_t i = first; i < stack->size(); ++i) tensors += tensors_in((*stack)[i]);
+  Kept kept;
+  kept.reserve(tensors);
   Call call;
   bool writes = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -111,7 +123,7 @@ void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::
   call.enter(op.operator_name().name.c_str(), mixed_devices_allowed(op.operator_name().name));
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto& value = (*stack)[first + i];
-    if (!is_generator_argument(arguments[i])) continue;
+    if (!(value.isNone() || value.isGenerator()) || !is_generator_argument(arguments[i])) continue;
     auto generator = value.isNone() ? std::optional<at::Generator>() : value.toOptional<at::Generator>();
     generator = call.map(generator);
     if (generator) value = *generator;
