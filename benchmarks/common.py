@@ -67,7 +67,7 @@ def forget(device: str) -> None:
 
 
 def where(device: str) -> dict:
-    """What a result file must say about where it was made. `made_on` is what the tables name: the GPU when one works."""
+    """What a result file must say about where it was made. `made_on` is what tables name: the GPU when one works."""
     import torch
 
     data = {

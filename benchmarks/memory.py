@@ -26,7 +26,6 @@ import torch  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 
-
 SIZES = [1 << exponent for exponent in (6, 12, 18, 22, 26)]
 
 
@@ -54,7 +53,7 @@ class Work:
         return {**found, "retries": stats.get("num_alloc_retries", 0), "oom": stats.get("num_ooms", 0)}
 
     def churn(self, steps):
-        """Reserved against allocated while sizes from 1 KiB to 64 MiB come and go; the same sequence on every device."""
+        """Reserved against allocated while sizes from 1 KiB to 64 MiB come and go; the same ones on every device."""
         common.forget(self.device)
         sizes = random.Random(1)
         before = self.module.memory_allocated()

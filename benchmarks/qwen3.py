@@ -200,7 +200,7 @@ class Work:
 
 
 class Answers:
-    """What the workers of all generations answered: pairs of answers by part, and of what comes once in a generation."""
+    """What the workers of all generations answered, in pairs: by part, and what comes once in a generation."""
 
     def __init__(self):
         self.pairs = {part: [] for part in PARTS}

@@ -1,5 +1,7 @@
-"""The option --results FILE of pytest: what came of each test, as JSON. The file is renewed while the run goes on, so that
-a run that is cut off leaves what it has."""
+"""The option --results FILE of pytest: what came of each test, as JSON.
+
+The file is renewed while the run goes on, so that a run that is cut off leaves what it has.
+"""
 
 from __future__ import annotations
 

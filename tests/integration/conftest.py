@@ -23,6 +23,7 @@ from tests.common import null_cuda
 
 if null_cuda.active():
     torch.backends.cudnn.enabled = False  # it asks the driver for more than the null CUDA has
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 # Marks that name a chip or a backend, with what has to be there for the test to run.
 CHIP_MARKS = ("cuda", "metax", "ascend")

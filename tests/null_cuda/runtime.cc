@@ -10,7 +10,7 @@
 //
 // null_cuda_log(1) empties and starts the log, null_cuda_log(2) shows addresses as they are, null_cuda_read() gives its
 // text; null_cuda_fail("cudaMalloc", 2) makes the next call of a function return a number, null_cuda_break(700) makes
-// every later call fail, as an illegal access does.
+// every later call fail, as an illegal access does. In a forked child of a process that has used it every call fails.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -23,6 +23,7 @@
 #include <vector>
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include "null_cuda.h"
 
@@ -55,7 +56,15 @@ State& state() {
 
 thread_local int current = 0;
 thread_local cudaError_t last = cudaSuccess;
-std::atomic<bool> any_failure{false};
+std::atomic<bool> any_failure{false}, entered{false};
+
+// A child inherits a driver that it cannot use.
+void break_child() {
+  if (!entered) return;
+  state().standing = cudaErrorInitializationError;
+  any_failure = true;
+}
+const int forks_are_watched = pthread_atfork(nullptr, nullptr, break_child);
 
 struct Configuration {
   dim3 grid, block;
@@ -100,6 +109,7 @@ cudaError_t fail(cudaError_t error) {
 }
 
 cudaError_t enter(const char* name) {
+  entered.store(true, std::memory_order_relaxed);
   if (!any_failure.load(std::memory_order_relaxed)) return cudaSuccess;
   State& s = state();
   if (s.standing) return fail(cudaError_t(s.standing.load()));
@@ -354,6 +364,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorInitializationError:
+      return "initialization error";
     case cudaErrorNoDevice:
       return "no CUDA-capable device is detected";
     case cudaErrorInsufficientDriver:
