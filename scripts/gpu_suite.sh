@@ -18,7 +18,7 @@
 #     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT opdb
 # Where few files come back: scripts/gpu_suite.sh /tmp/out ...; tar czf "$OUT/results.tgz" -C /tmp/out .
 # On a machine without a GPU, to try the suite itself: FLAGOS_ACCELERATOR=host STOCK_DEVICE=cpu, or on the null CUDA
-#     python -m tests.common.null_cuda env SIZE=small scripts/gpu_suite.sh OUTDIR
+#     NULL_CUDA_ARCH=80 SIZE=small python -m tests.common.null_cuda scripts/gpu_suite.sh OUTDIR
 set -u
 if [ $# -lt 1 ]; then
   sed -n '2,/^set -u/{/^set -u/!p}' "$0"

@@ -52,7 +52,7 @@ def test_calls(tree):
             torch.testing.assert_close(g.cpu(), e)
 
     # Whole numbers: their products are exact on every chip.
-    a, b, c = torch.randperm(12).float().view(3, 4), torch.randperm(20).float().view(4, 5), torch.randperm(15).float().view(3, 5)
+    a, b, c = (torch.randperm(m * n).float().view(m, n) for m, n in ((3, 4), (4, 5), (3, 5)))
     same(1, torch.mm, a, b)
     same(1, torch.mm, a.half(), b.half())
     same(1, torch.mm, a, b[:, ::2])

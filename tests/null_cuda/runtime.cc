@@ -7,6 +7,7 @@
 //
 //   NULL_CUDA_DEVICES    number of devices (default 1)         NULL_CUDA_MEMORY   bytes of each (default 8 GiB)
 //   NULL_CUDA_LAUNCH_NS  what a launch takes (default 0)       NULL_CUDA_DRIVER   driver version (default 13000)
+//   NULL_CUDA_ARCH       compute capability (default 90; torch prefers cuDNN's attention then, which does not start here)
 //
 // null_cuda_log(1) empties and starts the log, null_cuda_log(2) shows addresses as they are, null_cuda_read() gives its
 // text; null_cuda_fail("cudaMalloc", 2) makes the next call of a function return a number, null_cuda_break(700) makes
@@ -39,13 +40,14 @@ struct State {
   std::atomic<unsigned long long> launches{0};
   std::atomic<int> logging{0};
   std::atomic<int> standing{0};
-  int devices = 1, driver = 13000;
+  int devices = 1, driver = 13000, arch = 90;
   long launch_ns = 0;
   State() {
     auto number = [](const char* name, long fallback) { return getenv(name) ? atol(getenv(name)) : fallback; };
     devices = std::min<int>(number("NULL_CUDA_DEVICES", 1), kMaxDevices);
     launch_ns = number("NULL_CUDA_LAUNCH_NS", 0);
     driver = number("NULL_CUDA_DRIVER", 13000);
+    arch = number("NULL_CUDA_ARCH", 90);
   }
 };
 // Never destroyed: libraries register kernels before main() and release memory after it.
@@ -280,8 +282,8 @@ cudaError_t cudaDeviceGetPCIBusId(char* out, int length, int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr attribute, int) {
   static const std::map<int, int> values = {
-      {cudaDevAttrComputeCapabilityMajor, 9},
-      {cudaDevAttrComputeCapabilityMinor, 0},
+      {cudaDevAttrComputeCapabilityMajor, state().arch / 10},
+      {cudaDevAttrComputeCapabilityMinor, state().arch % 10},
       {cudaDevAttrMultiProcessorCount, 132},
       {cudaDevAttrMaxThreadsPerBlock, 1024},
       {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
@@ -314,7 +316,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int device) {
     cudaDeviceGetAttribute(&value, attribute, device);
     return value;
   };
-  out->major = 9, out->minor = 0;
+  out->major = state().arch / 10, out->minor = state().arch % 10;
   out->totalGlobalMem = memory_of_a_device();
   out->multiProcessorCount = get(cudaDevAttrMultiProcessorCount);
   out->maxThreadsPerBlock = get(cudaDevAttrMaxThreadsPerBlock);
