@@ -1,19 +1,22 @@
 """What the benchmarks share: where a result was made, workers in processes of their own, a time budget, result files.
 
 A worker for a stock device never loads torch_fl: once flagos is registered it is torch's accelerator, and stock CUDA
-autograd in the same process can then fail inside torch.
+autograd in the same process can then fail inside torch; nor does the stock allocator then have flagos' front before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,27 +52,53 @@ def peaks(device: str) -> dict:
     return {"peak_allocated": module.max_memory_allocated(), "peak_reserved": module.max_memory_reserved()}
 
 
+def forget(device: str) -> None:
+    """Gives cached memory back and starts the peaks anew."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device != "cpu":
+        module = torch.get_device_module(device)
+        module.synchronize()
+        module.empty_cache()
+        module.reset_peak_memory_stats()
+
+
 def where(device: str) -> dict:
-    """What a result file must say about where it was made."""
+    """What a result file must say about where it was made. `made_on` is what tables name: the GPU when one works."""
     import torch
 
     data = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
     }
     for name in ("transformers", "triton"):
         if importlib.util.find_spec(name):
             data[name] = importlib.metadata.version(name)
+    on_gpu = device.startswith("cuda")
     if not is_stock(device):
         import torch_fl
 
         data["chip"] = torch_fl.chip()
+        on_gpu = data["chip"] == "cuda"
     if torch.cuda.is_available():
         data["gpu"] = torch.cuda.get_device_name(0)
         data["cuda"] = torch.version.cuda
+    data["made_on"] = data["gpu"] if on_gpu else data["cpu"]
     return data
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
 
 
 class Budget:
@@ -82,45 +111,133 @@ class Budget:
         return self.end - time.monotonic()
 
 
-def run_worker(script: str, arguments: list[str], device: str, budget: Budget, enough: float = 5.0) -> dict:
-    """Runs `script --worker ... --device device` in a process; its result, or {"error": why there is none}."""
-    if budget.left() < enough:
-        return {"device": device, "error": f"not started: {budget.left():.0f} s of the time limit were left"}
-    environment = dict(os.environ)
-    if is_stock(device):
-        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    command = [sys.executable, script, "--device", device, *arguments]
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process for one device that does what it is asked to: `script --worker --device device arguments`.
+
+    It stays between questions, so that two devices can take turns within a second of each other, each in a process of
+    its own. After an error it is gone, and every further answer is that error.
+    """
+
+    def __init__(self, script: str, arguments: list[str], device: str):
+        environment = dict(os.environ)
+        if is_stock(device):
+            environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+        self.device, self.error, self.buffer = device, None, b""
+        self.stderr = tempfile.TemporaryFile()
+        command = [sys.executable, script, "--worker", "--device", device, *arguments]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, bufsize=0
+        )
+
+    def tell(self, do: str, **options) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"do": do, **options}).encode() + b"\n")
+
+    def answer(self, budget: Budget) -> dict:
+        """What came of the last question: a result, or {"error": why there is none}."""
+        if self.error is None:
+            try:
+                return {"device": self.device, **self._receive(budget)}
+            except (TimeoutError, EOFError) as error:
+                self.error = self._end(isinstance(error, TimeoutError))
+        return {"device": self.device, "error": self.error}
+
+    def ask(self, do: str, budget: Budget, **options) -> dict:
+        self.tell(do, **options)
+        return self.answer(budget)
+
+    def _receive(self, budget: Budget) -> dict:
+        pipe = self.process.stdout.fileno()
+        while True:
+            while b"\n" not in self.buffer:
+                if not select.select([pipe], [], [], max(0.0, budget.left()))[0]:
+                    raise TimeoutError
+                chunk = os.read(pipe, 1 << 16)
+                if not chunk:
+                    raise EOFError
+                self.buffer += chunk
+            line, self.buffer = self.buffer.split(b"\n", 1)
+            if line.startswith(RESULT.encode()):
+                return json.loads(line[len(RESULT) :])
+
+    def _end(self, late: bool) -> str:
+        if late:
+            self.process.kill()
+        code = self.process.wait()
+        if late:
+            return "stopped at the time limit"
+        self.stderr.seek(0)
+        said = self.stderr.read().decode(errors="replace").strip().splitlines()[-3:] or ["nothing on stderr"]
+        return f"exit code {code}: " + " | ".join(said)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.stderr.close()
+
+
+@contextlib.contextmanager
+def workers(script: str, arguments: list[str], devices: list[str]):
+    """One worker per device; they start side by side."""
+    made = [Worker(script, arguments, device) for device in devices]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=budget.left())
-    except subprocess.TimeoutExpired:
-        return {"device": device, "error": "stopped at the time limit"}
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            return {"device": device, **json.loads(line[len(RESULT) :])}
-    said = done.stderr.strip().splitlines()[-3:] or ["nothing on stderr"]
-    return {"device": device, "error": f"exit code {done.returncode}: " + " | ".join(said)}
+        yield made
+    finally:
+        for worker in made:
+            worker.close()
 
 
-def give(result: dict) -> None:
-    """A worker's result, to the process that started it."""
-    print(RESULT + json.dumps(result), flush=True)
+def both(pair: list[Worker], do: str, budget: Budget, **options) -> list[dict]:
+    """The answers of workers that may work at the same time: nothing that is timed."""
+    for worker in pair:
+        worker.tell(do, **options)
+    return [worker.answer(budget) for worker in pair]
 
 
-def alternate(script: str, arguments: list[str], devices: list[str], rounds: int, budget: Budget, show=print) -> list:
-    """`rounds` pairs of workers, one per device; who goes first alternates. [[first's result, second's], ...]."""
-    pairs = []
-    for k in range(rounds):
-        pair = {}
-        for device in devices if k % 2 == 0 else devices[::-1]:
-            pair[device] = run_worker(script, arguments, device, budget)
-            show(f"  {device}: {pair[device].get('error') or 'done'}")
-        pairs.append([pair[device] for device in devices])
-        if budget.left() < 5:
-            break
+def alternate(pair: list[Worker], do: str, rounds: int, share: Budget, budget: Budget, **options) -> list[list[dict]]:
+    """`rounds` pairs of answers, one worker at work at a time; who goes first alternates. No pair is begun after
+    `share` or an error, and none is waited for longer than `budget`."""
+    pairs: list[list[dict]] = []
+    while len(pairs) < rounds and share.left() > 0 and not errors(pairs):
+        answers: dict[int, dict] = {}
+        for which in (0, 1) if len(pairs) % 2 else (1, 0):
+            answers[which] = pair[which].ask(do, budget, **options)
+        pairs.append([answers[0], answers[1]])
     return pairs
 
 
-def ratio(pairs: list[tuple[float, float]]) -> dict:
+def serve(work) -> None:
+    """The worker's side: answers questions by the methods of `work` until there are no more. What the work prints goes
+    to stderr."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        question = json.loads(line)
+        result = getattr(work, question.pop("do"))(**question)
+        out.write(RESULT + json.dumps(result or {}) + "\n")
+        out.flush()
+
+
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
+def good(pairs) -> list:
+    return [pair for pair in pairs if not any("error" in one for one in pair)]
+
+
+def errors(pairs) -> list[str]:
+    return [one["error"] for pair in pairs for one in pair if "error" in one]
+
+
+def ratio(pairs) -> dict:
     """Medians of the two sides and of the pairwise ratios second / first."""
     first, second = zip(*pairs, strict=True)
     return {
@@ -138,4 +255,6 @@ def save(out: str | None, name: str, data: dict) -> None:
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        part = folder / f".{name}.part"  # replaced in one step: who stops the benchmark finds a whole file
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        part.rename(folder / name)

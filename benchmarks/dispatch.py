@@ -8,16 +8,18 @@
 Tensors are tiny, so the time is the host's: dispatch, relabelling, allocation. A shared machine swings by tens of
 percent within seconds; therefore the two devices alternate batch by batch and the figure is a median over pairs:
 `ratio` = median of the second device / median of the first, `pairs` = median of the pairwise ratios, `+ns` = median
-of the pairwise differences. On a GPU the queue is drained between batches, outside the measured time.
+of the pairwise differences. On a GPU the queue is drained between batches, outside the measured time. "third party" is
+an operator of another library (third_party.cc), which needs a C++ compiler and is left out of the medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from tests.common.devices import load_device, versions  # noqa: E402
+from benchmarks import common  # noqa: E402
 
 
 class Inputs:
@@ -119,6 +121,22 @@ OPS = {
     "copy to host": lambda i: i.host.copy_(i.out),
     "item": lambda i: i.other.item(),
 }
+THIRD_PARTY = "third party"
+OPS[THIRD_PARTY] = lambda i: torch.ops.flagos_bench.scale(i.x, 2.0)
+
+
+def load_third_party(folder: str) -> None:
+    """Builds third_party.cc and registers its operator."""
+    torch_folder = Path(torch.__file__).parent
+    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
+    library = f"{folder}/libthird_party.so"
+    command = ["c++", f"-std=c++{standard}", "-O2", "-fPIC", "-shared", "-o", library]
+    command += [str(ROOT / "benchmarks/third_party.cc"), "-isystem", str(torch_folder / "include")]
+    command += [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"third_party.cc does not compile: {done.stderr[-2000:]}")
+    torch.ops.load_library(library)
 
 
 def measure(calls, repeat, batch, synchronize):
@@ -156,22 +174,37 @@ def synchronizer(device):
     return lambda: torch.get_device_module(device).synchronize()
 
 
-def run_mode(mode, devices, names, repeat, batch):
+def run_mode(mode, devices, names, repeat, batch, share):
     inputs = [Inputs(d).grad() if mode == "grad" else Inputs(d) for d in devices]
     synchronize = [synchronizer(d) for d in devices]
     rows = {}
     with torch.enable_grad() if mode == "grad" else torch.no_grad():
         for name in names:
+            if share.left() <= 0:
+                break
             calls = [lambda i=i, f=OPS[name]: f(i) for i in inputs]
             try:
                 measure(calls, 6, batch, synchronize)  # warm-up
                 rows[name] = judge(measure(calls, repeat, batch, synchronize))
-            except (RuntimeError, NotImplementedError) as error:
+            except (AttributeError, RuntimeError, NotImplementedError) as error:
                 rows[name] = {"error": str(error).split("\n")[0][:200]}
     return rows
 
 
-def print_table(mode, devices, rows):
+def summarize(rows, asked) -> dict:
+    """Of the operators of torch; the one of another library stands apart."""
+    good = {name: row for name, row in rows.items() if "error" not in row and name != THIRD_PARTY}
+    summary = {"operators": len(good), "asked": asked}
+    if good:
+        summary["median_ratio"] = round(statistics.median(r["ratio"] for r in good.values()), 3)
+        summary["median_pairs"] = round(statistics.median(r["pairs"] for r in good.values()), 3)
+        summary["worst"] = max(good, key=lambda name: good[name]["pairs"])
+    if "pairs" in rows.get(THIRD_PARTY, {}):
+        summary["third_party"] = rows[THIRD_PARTY]["pairs"]
+    return summary
+
+
+def print_table(mode, devices, rows, summary):
     print(f"\n{mode}: ns per call\n{'operator':20}{devices[0]:>9}{devices[1]:>9}{'ratio':>8}{'pairs':>8}{'+ns':>8}")
     for name, row in rows.items():
         if "error" in row:
@@ -179,20 +212,7 @@ def print_table(mode, devices, rows):
         else:
             times = f"{row['first_ns']:9}{row['second_ns']:9}"
             print(f"{name:20}{times}{row['ratio']:8.3f}{row['pairs']:8.3f}{row['plus_ns']:8}")
-    good = [row for row in rows.values() if "error" not in row]
-    summary = {
-        "operators": len(good),
-        "median_ratio": round(statistics.median(r["ratio"] for r in good), 3),
-        "median_pairs": round(statistics.median(r["pairs"] for r in good), 3),
-        "worst": max((n for n in rows if "error" not in rows[n]), key=lambda n: rows[n]["pairs"]),
-    }
-    print(
-        f"median over {summary['operators']} operators: ratio {summary['median_ratio']}, "
-        f"pairs {summary['median_pairs']}; ",
-        end="",
-    )
-    print(f"worst: {summary['worst']} {rows[summary['worst']]['pairs']}")
-    return summary
+    print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in summary.items()), flush=True)
 
 
 def main(argv=None) -> int:
@@ -202,33 +222,48 @@ def main(argv=None) -> int:
     parser.add_argument("--ops", default="", help="only operators whose name contains this")
     parser.add_argument("--repeat", type=int, default=200, help="pairs of batches per operator")
     parser.add_argument("--batch", type=int, default=50, help="calls per batch")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--add-overhead", action="store_true", help="only the 1-element add, in detail")
     parser.add_argument("--limit-ns", type=float, help="with --add-overhead: exit 1 when the difference is larger")
-    parser.add_argument("--json")
+    parser.add_argument("--out", help="folder for dispatch.json")
+    parser.add_argument("--json", type=Path, help="the same as a file of any name")
     options = parser.parse_args(argv)
     devices = options.pair.split(",")
     if len(devices) != 2:
         parser.error("--pair takes two devices, for example cpu,flagos")
+    budget = common.Budget(options.limit)
     for device in devices:
-        load_device(device)
+        common.load(device)
     torch.set_num_threads(1)
-    where = versions(devices[1])
+    where = common.where(devices[1])
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     names = [n for n in OPS if options.ops in n] if not options.add_overhead else ["add 1 element"]
     repeat = 5000 if options.add_overhead else options.repeat
-    data = {"what": "host time per call; see benchmarks/dispatch.py", "pair": devices, "versions": where}
+    modes = ["no_grad"] if options.add_overhead else options.modes.split(",")
+    data = {"what": "host time per call; see benchmarks/dispatch.py", "pair": devices, "where": where}
     data |= {"repeat": repeat, "batch": options.batch, "modes": {}}
+    if THIRD_PARTY in names:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                load_third_party(folder)
+            except (OSError, RuntimeError) as error:
+                print(error)
     gc.disable()
-    for mode in ["no_grad"] if options.add_overhead else options.modes.split(","):
-        rows = run_mode(mode, devices, names, repeat, options.batch)
-        data["modes"][mode] = {"summary": print_table(mode, devices, rows), "operators": rows}
-    if options.json:
-        Path(options.json).write_text(json.dumps(data, indent=1) + "\n")
+    for number, mode in enumerate(modes):
+        share = common.Budget(budget.left() / (len(modes) - number))
+        rows = run_mode(mode, devices, names, repeat, options.batch, share)
+        summary = summarize(rows, len(names))
+        data["modes"][mode] = {"summary": summary, "operators": rows}
+        print_table(mode, devices, rows, summary)
+        common.save(options.out, "dispatch.json", data)
+        if options.json:
+            common.save(options.json.parent, options.json.name, data)
     if options.add_overhead:
         plus = data["modes"]["no_grad"]["operators"]["add 1 element"]["plus_ns"]
         print(f"a 1-element add on {devices[1]} takes {plus} ns more than on {devices[0]}")
         return 1 if options.limit_ns is not None and plus > options.limit_ns else 0
-    return 1 if any("error" in r for m in data["modes"].values() for r in m["operators"].values()) else 0
+    rows = [row for mode in data["modes"].values() for row in mode["operators"].values()]
+    return 1 if len(rows) < len(names) * len(modes) or any("error" in row for row in rows) else 0
 
 
 if __name__ == "__main__":

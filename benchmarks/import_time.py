@@ -18,19 +18,21 @@ sys.path.append(str(ROOT))
 from benchmarks import common  # noqa: E402
 
 
-def worker() -> int:
-    start = time.perf_counter()
-    import torch
+class Work:
+    """What a worker can be asked: once in its life, for the time of an import."""
 
-    middle = time.perf_counter()
-    import torch_fl
+    def once(self):
+        start = time.perf_counter()
+        import torch
 
-    end = time.perf_counter()
-    torch.ones(2, device="flagos")
-    torch.flagos.synchronize()
-    first = time.perf_counter()
-    common.give({"torch": middle - start, "torch_fl": end - middle, "first_use": first - end, "chip": torch_fl.chip()})
-    return 0
+        middle = time.perf_counter()
+        import torch_fl
+
+        end = time.perf_counter()
+        torch.ones(2, device="flagos")
+        torch.flagos.synchronize()
+        first = time.perf_counter()
+        return {"torch": middle - start, "torch_fl": end - middle, "first_use": first - end, "chip": torch_fl.chip()}
 
 
 def main(argv=None) -> int:
@@ -42,11 +44,15 @@ def main(argv=None) -> int:
     parser.add_argument("--device", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        return worker()
+        common.serve(Work())
+        return 0
     budget = common.Budget(options.limit)
     script = str(Path(__file__).resolve())
-    # "cpu" as the device keeps torch from loading torch_fl by itself, which would hide the time.
-    results = [common.run_worker(script, ["--worker"], "cpu", budget) for _ in range(options.repeat)]
+    results = []
+    while len(results) < options.repeat and (not results or budget.left() > 10):
+        # "cpu" as the device keeps torch from loading torch_fl by itself, which would hide the time.
+        with common.workers(script, [], ["cpu"]) as (worker,):
+            results.append(worker.ask("once", budget))
     good = [r for r in results if "error" not in r]
     if not good:
         print(results[0]["error"])
@@ -55,7 +61,7 @@ def main(argv=None) -> int:
     data["errors"] = [r["error"] for r in results if "error" in r]
     for name in ("torch", "torch_fl", "first_use"):
         values = [r[name] for r in good]
-        data[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+        data[name] = {"median": statistics.median(values), "low": min(values), "high": max(values), "runs": len(values)}
         print(f"{name:10} {data[name]['median']:.3f} s ({data[name]['low']:.3f} to {data[name]['high']:.3f})")
     common.save(options.out, "import_time.json", data)
     return 1 if data["errors"] else 0

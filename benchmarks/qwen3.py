@@ -4,16 +4,16 @@
     python benchmarks/qwen3.py --out benchmarks/results                    # cuda against flagos on a GPU
     python benchmarks/qwen3.py --size small --pair cpu,flagos --limit 120  # tries it on a machine without one
 
-Parts: `pair` decodes eagerly on both devices in one process, alternating; `train` takes AdamW steps in processes of
-their own and compares losses bit by bit and peak memory; `decode` decodes eagerly in processes of their own, and then
-replays the decode step as one graph (stock captured by the same code; reported as `graph`). Host timing swings on
-shared machines: figures are medians over pairs.
+Parts: `decode` decodes eagerly; `graph` replays the decode step as one graph, stock captured by the same code; `train`
+takes AdamW steps and compares the losses of the first ten bit by bit, and peak memory. Each device has a process of its
+own, and they take turns of about a second, so that a pair sees the same machine; only one works at a time. Because a
+process can be lucky for all its life, the pairs are spread over several generations of processes. Figures are medians
+over pairs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import statistics
 import sys
@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 
-PARTS = ("pair", "train", "decode")
+PARTS = ("decode", "graph", "train")
 PROMPT = 64
 SIZES = {
     # The values of the published Qwen3-0.6B configuration.
@@ -98,27 +98,7 @@ class Decoder:
         return tokens / seconds, torch.cat(chosen, 1)[0].tolist()
 
 
-# ---- workers -------------------------------------------------------------------------------------------------------
-
-
-def work_pair(options) -> dict:
-    devices = options.pair.split(",")
-    for device in devices:
-        common.load(device)
-    vocabulary = SIZES[options.size]["vocab_size"]
-    decoders = [Decoder(build(options.size, device), device, vocabulary) for device in devices]
-    budget = common.Budget(options.seconds)
-    equal = True
-    for decoder in decoders * 2:
-        decoder.round(options.tokens)
-    pairs = []
-    while len(pairs) < options.pairs and budget.left() > 0:
-        speeds, texts = [0.0, 0.0], [None, None]
-        for which in (0, 1) if len(pairs) % 2 else (1, 0):
-            speeds[which], texts[which] = decoders[which].round(options.tokens)
-        equal &= texts[0] == texts[1]
-        pairs.append(speeds)
-    return {"pairs": pairs, "tokens_equal": equal}
+# ---- a worker's side -----------------------------------------------------------------------------------------------
 
 
 def decoder_source():
@@ -129,38 +109,6 @@ def decoder_source():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def work_decode(options) -> dict:
-    common.load(options.device)
-    model = build(options.size, options.device)
-    eager = Decoder(model, options.device, SIZES[options.size]["vocab_size"])
-    for _ in range(2):
-        eager.round(options.tokens)
-    rounds = [eager.round(options.tokens) for _ in range(8)]
-    result = {"tokens_per_second": [r[0] for r in rounds], "tokens": rounds[-1][1], **common.peaks(options.device)}
-
-    length = 256 if options.size == "full" else PROMPT + 16
-    decoder = decoder_source().graph_decode(model, max_length=length)
-    steps = length - PROMPT - 2
-    text = decoder.generate(eager.prompt, steps)[0].tolist()
-    speeds = []
-    for _ in range(8):
-        decoder.prefill(eager.prompt)
-        common.synchronize(options.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            decoder.step()
-        common.synchronize(options.device)
-        speeds.append(steps / (time.perf_counter() - start))
-    result["graph"] = {
-        "tokens_per_second": speeds,
-        "tokens": text,
-        "graph": decoder.uses_graph,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "bandwidth": bandwidth(options.device, 1 << 30 if options.size == "full" else 1 << 24),
-    }
-    return result
 
 
 def bandwidth(device: str, nbytes: int) -> float:
@@ -178,81 +126,147 @@ def bandwidth(device: str, nbytes: int) -> float:
     return 2 * nbytes / best
 
 
-def work_train(options) -> dict:
-    common.load(options.device)
-    device = options.device
-    model = build(options.size, device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-    generator = torch.Generator().manual_seed(2)
-    vocabulary = SIZES[options.size]["vocab_size"]
-    data = [torch.randint(0, vocabulary, (2, 256), generator=generator).to(device) for _ in range(10)]
-    losses, times = [], []
-    for step in range(10 + options.steps):
-        batch = data[step % 10]
-        common.synchronize(device)
+class Work:
+    """What a worker can be asked."""
+
+    def __init__(self, options):
+        common.load(options.device)
+        self.size, self.device, self.full = options.size, options.device, options.size == "full"
+        self.vocabulary = SIZES[options.size]["vocab_size"]
+
+    def start_decode(self, tokens):
+        self.model = build(self.size, self.device)
+        self.eager = Decoder(self.model, self.device, self.vocabulary)
+        for _ in range(2):
+            self.eager.round(tokens)
+
+    def decode(self, tokens):
+        speed, chosen = self.eager.round(tokens)
+        return {"tokens_per_second": speed, "tokens": chosen}
+
+    def start_graph(self):
+        length = 256 if self.full else PROMPT + 16
+        self.steps = length - PROMPT - 2
+        self.decoder = decoder_source().graph_decode(self.model, max_length=length)
+        text = self.decoder.generate(self.eager.prompt, self.steps)[0].tolist()
+        self.graph()
+        return {"tokens": text, "graph": self.decoder.uses_graph}
+
+    def graph(self):
+        self.decoder.prefill(self.eager.prompt)
+        common.synchronize(self.device)
         start = time.perf_counter()
-        loss = model(input_ids=batch, labels=batch).loss
+        for _ in range(self.steps):
+            self.decoder.step()
+        common.synchronize(self.device)
+        return {"tokens_per_second": self.steps / (time.perf_counter() - start)}
+
+    def roofline(self):
+        """What reading every weight once per token would allow."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        speed = bandwidth(self.device, 1 << 30 if self.full else 1 << 24)
+        return {"weight_bytes": weights, "bandwidth_bytes_per_second": speed, "tokens_per_second": speed / weights}
+
+    def start_train(self):
+        """The first ten steps: their losses, and the peaks of memory since before the model."""
+        self.model = self.eager = self.decoder = None
+        common.forget(self.device)
+        self.model = build(self.size, self.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
+        generator = torch.Generator().manual_seed(2)
+        self.data = [
+            torch.randint(0, self.vocabulary, (2, 256), generator=generator).to(self.device) for _ in range(10)
+        ]
+        losses = [float(self.step(batch)).hex() for batch in self.data]
+        return {"losses": losses, **common.peaks(self.device)}
+
+    def step(self, batch):
+        loss = self.model(input_ids=batch, labels=batch).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        common.synchronize(device)
-        if step < 10:
-            losses.append(float(loss).hex())
-        else:
-            times.append((time.perf_counter() - start) * 1e3)
-    return {"ms_per_step": times, "losses": losses, **common.peaks(device)}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def train(self, steps):
+        common.synchronize(self.device)
+        start = time.perf_counter()
+        for k in range(steps):
+            self.step(self.data[k % len(self.data)])
+        common.synchronize(self.device)
+        return {"ms_per_step": (time.perf_counter() - start) * 1e3 / steps}
 
 
-WORK = {"pair": work_pair, "decode": work_decode, "train": work_train}
+# ---- both sides ----------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """What the workers of all generations answered, in pairs: by part, and what comes once in a generation."""
+
+    def __init__(self):
+        self.pairs = {part: [] for part in PARTS}
+        self.starts = {part: [] for part in PARTS}
+        self.roofline = None
+
+
+def run_generation(options, devices, generation, budget, answers, save) -> None:
+    """One process per device, through all parts, which have equal shares of what is left of the generation's time."""
+    script = str(Path(__file__).resolve())
+    parts = [part for part in PARTS if part in options.parts.split(",")]
+    each = -(-options.pairs // options.processes)
+    with common.workers(script, ["--size", options.size], devices) as pair:
+        if "decode" in parts or "graph" in parts:
+            answers.starts["decode"].append(common.both(pair, "start_decode", budget, tokens=options.tokens))
+        for number, part in enumerate(parts):
+            if part != "decode":
+                answers.starts[part].append(common.both(pair, f"start_{part}", budget))
+            share = common.Budget(generation.left() / (len(parts) - number))
+            given = {"decode": {"tokens": options.tokens}, "train": {"steps": options.steps}}.get(part, {})
+            answers.pairs[part] += common.alternate(pair, part, each, share, budget, **given)
+            if part == "graph" and answers.roofline is None:
+                answers.roofline = pair[1].ask("roofline", budget)
+            save()
 
 
 # ---- judgement -----------------------------------------------------------------------------------------------------
 
 
-def good(pairs) -> list:
-    return [pair for pair in pairs if not any("error" in one for one in pair)]
-
-
-def errors(pairs) -> list[str]:
-    return [one["error"] for pair in pairs for one in pair if "error" in one]
-
-
-def judge_speeds(pairs) -> dict:
-    """Of workers with tokens_per_second: ratio over processes, and whether both devices chose the same tokens."""
-    complete = good(pairs)
-    result = {"errors": errors(pairs)}
+def judge_speeds(pairs, starts=(), name="tokens_per_second") -> dict:
+    """The ratio over pairs, and whether both devices chose the same tokens wherever they named them."""
+    complete = common.good(pairs)
+    result = {"errors": sorted({*common.errors(pairs), *common.errors(starts)})}
     if complete:
-        medians = [tuple(statistics.median(one["tokens_per_second"]) for one in pair) for pair in complete]
-        result |= {"tokens_per_second": common.ratio(medians), "processes": medians}
-        result["tokens_equal"] = all(a["tokens"] == b["tokens"] for a, b in complete)
+        speeds = [tuple(one[name] for one in pair) for pair in complete]
+        result |= {name: common.ratio(speeds), "all": speeds}
+    named = [pair for pair in [*complete, *common.good(starts)] if "tokens" in pair[0]]
+    if named:
+        result["tokens_equal"] = all(a["tokens"] == b["tokens"] for a, b in named)
     return result
 
 
-def judge_graph(pairs) -> dict:
-    """Of the `graph` half of the decode workers; how it compares with eager decoding and with reading every weight."""
-    eager = judge_speeds(pairs)
-    pairs = [[one["graph"] for one in pair] for pair in good(pairs)]
-    result = judge_speeds(pairs)
-    result["errors"] = eager["errors"]
-    for pair in pairs[:1]:
-        result["times_eager"] = round(result["tokens_per_second"]["second"] / eager["tokens_per_second"]["second"], 2)
-        second = pair[1]
-        result["graph"] = [one["graph"] for one in pair]
-        roofline = second["bandwidth"] / second["weight_bytes"]
-        result["roofline_tokens_per_second"] = roofline
-        result["bandwidth_bytes_per_second"] = second["bandwidth"]
-        result["share_of_roofline"] = round(result["tokens_per_second"]["second"] / roofline, 3)
+def judge_graph(pairs, starts, roofline, decode) -> dict:
+    """Of graph-captured decoding: also how it compares with eager decoding and with reading every weight."""
+    result = judge_speeds(pairs, starts)
+    if common.good(starts):
+        result["graph"] = [one["graph"] for one in common.good(starts)[0]]
+    speed = result.get("tokens_per_second")
+    if speed and "tokens_per_second" in decode:
+        result["times_eager"] = round(speed["second"] / decode["tokens_per_second"]["second"], 2)
+    if roofline and "error" in roofline:
+        result["errors"].append(roofline["error"])
+    elif speed and roofline:
+        result |= {f"roofline_{k}": v for k, v in roofline.items() if k != "device"}
+        result["share_of_roofline"] = round(speed["second"] / roofline["tokens_per_second"], 3)
     return result
 
 
-def judge_train(pairs) -> dict:
-    complete = good(pairs)
-    result = {"errors": errors(pairs)}
+def judge_train(pairs, starts) -> dict:
+    # Steps per second, so that above 1 means that the second device is faster, as in the other parts.
+    pairs = [[{"steps_per_second": 1e3 / o["ms_per_step"], **o} if "ms_per_step" in o else o for o in p] for p in pairs]
+    result = judge_speeds(pairs, starts, "steps_per_second")
+    if "all" in result:
+        result["ms_per_step"] = [statistics.median(1e3 / pair[k] for pair in result["all"]) for k in (0, 1)]
+    complete = common.good(starts)
     if complete:
-        # Steps per second, so that above 1 means that the second device is faster, as in the other parts.
-        medians = [tuple(1e3 / statistics.median(one["ms_per_step"]) for one in pair) for pair in complete]
-        result |= {"steps_per_second": common.ratio(medians), "processes": medians}
-        result["ms_per_step"] = [statistics.median(1e3 / pair[k] for pair in medians) for k in (0, 1)]
         result["losses"] = [float.fromhex(x) for x in complete[0][1]["losses"]]
         result["losses_bit_equal"] = all(a["losses"] == b["losses"] for a, b in complete)
         for name in ("peak_allocated", "peak_reserved"):
@@ -260,6 +274,16 @@ def judge_train(pairs) -> dict:
                 values = [max(pair[k][name] for pair in complete) for k in (0, 1)]
                 result[name] = {"first": values[0], "second": values[1], "ratio": round(values[1] / values[0], 4)}
     return result
+
+
+def judge(answers, parts) -> dict:
+    decode = judge_speeds(answers.pairs["decode"], answers.starts["decode"])
+    results = {
+        "decode": decode,
+        "graph": judge_graph(answers.pairs["graph"], answers.starts["graph"], answers.roofline, decode),
+        "train": judge_train(answers.pairs["train"], answers.starts["train"]),
+    }
+    return {part: results[part] for part in PARTS if part in parts}
 
 
 def show_part(part: str, devices, result) -> None:
@@ -290,52 +314,42 @@ def main(argv=None) -> int:
     parser.add_argument("--pair", default="cuda,flagos", help="two devices: stock, ours")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--pairs", type=int, default=24, help="pairs of rounds in one process")
-    parser.add_argument("--rounds", type=int, default=2, help="pairs of processes per part")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per round of eager decoding")
-    parser.add_argument("--steps", type=int, default=20, help="timed training steps per process")
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of turns per part, over all processes")
+    parser.add_argument("--processes", type=int, default=2, help="generations of processes")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per turn of eager decoding")
+    parser.add_argument("--steps", type=int, default=5, help="training steps per turn")
     parser.add_argument("--limit", type=float, default=440, help="seconds for everything")
     parser.add_argument("--out", help="folder for qwen3.json")
-    parser.add_argument("--worker", choices=WORK, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=120, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = WORK[options.worker](options)
-        common.give(result)
+        common.serve(Work(options))
         return 0
     devices = options.pair.split(",")
-    parts = options.parts.split(",")
-    if len(devices) != 2 or set(parts) - set(PARTS):
+    if len(devices) != 2 or set(options.parts.split(",")) - set(PARTS):
         parser.error(f"--pair takes two devices, --parts some of {', '.join(PARTS)}")
     budget = common.Budget(options.limit)
     common.load(devices[1])
     data = {"what": "Qwen3-0.6B architecture, random bf16 weights; see benchmarks/qwen3.py", "pair": devices}
     data |= {"size": options.size, "where": common.where(devices[1]), "limit": options.limit, "parts": {}}
     print(", ".join(f"{k} {v}" for k, v in data["where"].items()), flush=True)
-    script = str(Path(__file__).resolve())
-    passed = ["--size", options.size, "--tokens", str(options.tokens), "--steps", str(options.steps)]
-    passed += ["--pair", options.pair, "--pairs", str(options.pairs), "--seconds", str(options.limit / 4)]
-    for part in parts:  # each gets what the ones before it have left
-        arguments = ["--worker", part, *passed]
-        if part == "pair":
-            answer = common.run_worker(script, arguments, devices[1], budget)
-            result = {"errors": [answer["error"]] if "error" in answer else []}
-            if "pairs" in answer:
-                result["tokens_per_second"] = common.ratio(answer["pairs"])
-                result["tokens_equal"] = answer["tokens_equal"]
-            results = {"pair": result}
-        else:
-            pairs = common.alternate(script, arguments, devices, options.rounds, budget, lambda line: None)
-            judges = {"train": {"train": judge_train}, "decode": {"decode": judge_speeds, "graph": judge_graph}}[part]
-            results = {name: judge(pairs) for name, judge in judges.items()}
-        for name, result in results.items():
-            data["parts"][name] = result
-            show_part(name, devices, result)
-        sys.stdout.flush()
+    answers = Answers()
+
+    def save():
+        data["parts"] = judge(answers, options.parts.split(","))
         common.save(options.out, "qwen3.json", data)
-    return 1 if any(result["errors"] for result in data["parts"].values()) else 0
+
+    for number in range(options.processes):
+        if number and budget.left() < 30:
+            print(f"{number} of {options.processes} generations: the time is over", flush=True)
+            break
+        generation = common.Budget((budget.left() - 10) / (options.processes - number))  # the last turn needs time too
+        run_generation(options, devices, generation, budget, answers, save)
+    save()
+    for part, result in data["parts"].items():
+        show_part(part, devices, result)
+    return 1 if any(result["errors"] or "all" not in result for result in data["parts"].values()) else 0
 
 
 if __name__ == "__main__":

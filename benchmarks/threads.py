@@ -4,15 +4,16 @@
     python benchmarks/threads.py --out benchmarks/results                       # cuda against flagos on a GPU
     python benchmarks/threads.py --pair cpu,flagos --calls 20000 --limit 60     # tries it on a machine without one
 
-`calls`: each thread multiplies its own matrix by the shared weight and checks results as it goes. `backward`: each
-thread runs forward and backward; the shared weight's gradient must be the exact sum (small integers in float32).
-`churn`: tensors made in one thread and dropped in another. Each device has a process of its own.
+`calls`: each thread multiplies its own matrix by the shared weight, 10^6 times in all, and checks results as it goes.
+The loop is TorchScript, which holds no lock of Python's, so that the threads really meet inside torch. `python`: the
+same from Python, where they wait for each other, a tenth as often. `backward`: each thread runs forward and backward;
+the shared weight's gradient must be the exact sum (small integers in float32). `churn`: tensors made in one thread and
+dropped in another. Each device has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import queue
 import sys
 import threading
@@ -49,33 +50,50 @@ def in_threads(count: int, work) -> tuple[float, list[str]]:
     return time.perf_counter() - began, errors
 
 
-def calls(options, budget) -> dict:
-    """10^6 products with one shared weight; every 500th is compared with the expected value."""
-    device, each = options.device, options.calls // options.threads
-    weight = torch.eye(16, device=device) * 3
+SPAN = 500  # calls between two checks
+
+
+@torch.jit.script
+def products(x, weight, count: int):
+    for _ in range(count):
+        x = torch.mm(x, weight)
+    return x
+
+
+def products_from_python(x, weight, count):
+    for _ in range(count):
+        x = torch.mm(x, weight)
+    return x
+
+
+def multiply(options, budget, function, total) -> dict:
+    """`total` products with one shared weight. It turns the columns by one, so that every result is exactly known."""
+    device, each = options.device, max(1, total // options.threads // SPAN) * SPAN
+    weight = torch.eye(16).roll(1, 1).to(device)
     done = [0] * options.threads
 
     def work(number):
-        x = torch.full((16, 16), float(number + 1), device=device)
+        host = torch.arange(256.0).view(16, 16) + number
+        x = host.to(device)
         with torch.no_grad():
-            for k in range(each):
-                y = torch.mm(x, weight)
-                if k % 500 == 0:
-                    if not bool((y == 3 * (number + 1)).all()):
-                        raise AssertionError(f"call {k} gave {y.flatten()[:4].tolist()}")
-                    if budget.left() < 0:
-                        return
-                done[number] = k + 1
+            while done[number] < each and budget.left() > 0:
+                x = function(x, weight, SPAN)
+                done[number] += SPAN
+                if not torch.equal(x.cpu(), host.roll(done[number], 1)):
+                    raise AssertionError(f"after {done[number]} calls the matrix starts {x.flatten()[:4].tolist()}")
 
     seconds, errors = in_threads(options.threads, work)
-    total = sum(done)
-    return {
-        "calls": total,
-        "asked": each * options.threads,
-        "seconds": seconds,
-        "per_second": total / seconds,
-        "errors": errors,
-    }
+    count = sum(done)
+    asked = each * options.threads
+    return {"calls": count, "asked": asked, "seconds": seconds, "per_second": count / seconds, "errors": errors}
+
+
+def calls(options, budget) -> dict:
+    return multiply(options, budget, products, options.calls)
+
+
+def python(options, budget) -> dict:
+    return multiply(options, budget, products_from_python, options.calls // 10)
 
 
 def backward(options, budget) -> dict:
@@ -130,7 +148,18 @@ def churn(options, budget) -> dict:
     return {"tensors": sum(done), "seconds": seconds, "per_second": sum(done) / seconds, "errors": errors}
 
 
-WORK = {"calls": calls, "backward": backward, "churn": churn}
+PARTS = {"calls": calls, "python": python, "backward": backward, "churn": churn}
+
+
+class Work:
+    """What a worker can be asked."""
+
+    def __init__(self, options):
+        common.load(options.device)
+        self.options = options
+
+    def run(self, part, seconds):
+        return PARTS[part](self.options, common.Budget(seconds))
 
 
 def main(argv=None) -> int:
@@ -140,40 +169,35 @@ def main(argv=None) -> int:
     parser.add_argument("--calls", type=int, default=1_000_000, help="calls of all threads together")
     parser.add_argument("--limit", type=float, default=300, help="seconds for everything")
     parser.add_argument("--out", help="folder for threads.json")
-    parser.add_argument("--worker", choices=WORK, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
-        common.load(options.device)
-        with contextlib.redirect_stdout(sys.stderr):
-            result = WORK[options.worker](options, common.Budget(options.limit))
-        common.give(result)
+        common.serve(Work(options))
         return 0
     budget = common.Budget(options.limit)
     devices = options.pair.split(",")
     common.load(devices[1])
     data = {"what": "threads on one device; see benchmarks/threads.py", "pair": devices, "threads": options.threads}
-    data |= {"where": common.where(devices[1]), "limit": options.limit, "parts": {}}
+    data |= {"where": common.where(devices[1]), "limit": options.limit, "parts": {part: {} for part in PARTS}}
     print(", ".join(f"{k} {v}" for k, v in data["where"].items()), flush=True)
     script = str(Path(__file__).resolve())
     failed = False
-    for number, part in enumerate(WORK):
-        data["parts"][part] = {}
-        for device in devices[::-1]:
-            share = budget.left() / (2 * (len(WORK) - number))
-            arguments = ["--worker", part, "--threads", str(options.threads), "--calls", str(options.calls)]
-            result = common.run_worker(script, [*arguments, "--limit", str(max(5.0, share * 0.8))], device, budget)
+    arguments = ["--threads", str(options.threads), "--calls", str(options.calls)]
+    with common.workers(script, arguments, devices) as pair:
+        turns = [(part, which) for part in PARTS for which in (1, 0)]
+        for number, (part, which) in enumerate(turns):
+            seconds = max(2.0, (budget.left() - 10) / (len(turns) - number))
+            result = pair[which].ask("run", budget, part=part, seconds=seconds)
             problems = result.get("errors", []) + ([result["error"]] if "error" in result else [])
-            failed |= bool(problems) and device == devices[1]
-            data["parts"][part][device] = result
+            failed |= which == 1 and bool(problems or result.get("calls", 0) < result.get("asked", 0))
+            data["parts"][part][devices[which]] = result
             counted = next((f"{result[k]} {k}" for k in ("calls", "backward", "tensors") if k in result), "nothing")
-            print(
-                f"{part:9} {device:7} {counted}, {result.get('per_second', 0):.0f}/s, {len(problems)} errors",
-                flush=True,
-            )
+            speed = result.get("per_second", 0)
+            print(f"{part:9} {devices[which]:7} {counted}, {speed:.0f}/s, {len(problems)} errors", flush=True)
             for problem in problems[:3]:
                 print(f"          {problem}")
-        common.save(options.out, "threads.json", data)
+            common.save(options.out, "threads.json", data)
     return 1 if failed else 0
 
 

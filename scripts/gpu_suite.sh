@@ -1,28 +1,50 @@
 #!/bin/bash
-# Everything that needs a GPU, unattended: one log per stage in OUTDIR, results as JSON beside them, a table at the end.
+# Everything that needs a GPU, unattended: results as JSON in OUTDIR, to be copied to benchmarks/results, a log per stage
+# and a table at the end.
 #
 #     PYTHONPATH=FOLDER scripts/gpu_suite.sh OUTDIR [stage...]
 #
-# FOLDER holds the built package (torch_fl with _C and the libraries); an installed torch_fl serves too. Stages: smoke
-# tests dispatch qwen3 threads memory opdb hal; without any, all of them in that order. STAGE_LIMIT (seconds, default
-# 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next one.
-# QWEN3_ARGUMENTS and OPDB_ARGUMENTS are passed on, for example QWEN3_ARGUMENTS="--parts decode --rounds 4".
+# FOLDER holds the built package (torch_fl with _C and the libraries); an installed torch_fl serves too. Stages:
+#     smoke dispatch threads memory qwen3     time something and run alone; `timing` is all of them
+#     tests hal opdb                          may run side by side: tests+hal
+#     judge plans opdb_flaggems               need FlagGems; `flaggems` is all of them
+# Without any: timing tests+hal opdb. `name:SECONDS` bounds a stage; SUITE_LIMIT bounds all together. A stage that fails
+# or is cut off never stops the next one, and leaves its JSON with what it has. JOBS: processes of stages that use many
+# (default: the cores less two, shared by what runs side by side).
+#
+# A GPU for half an hour, in calls of ten minutes, with 16 cores:
+#     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT timing          # dispatch, threads, memory, import, Qwen3
+#     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT tests+hal       # then, with the time that is left, judge plans
+#     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT opdb
+# Where few files come back: scripts/gpu_suite.sh /tmp/out ...; tar czf "$OUT/results.tgz" -C /tmp/out .
+# On a machine without a GPU, to try the suite itself: FLAGOS_ACCELERATOR=host STOCK_DEVICE=cpu, or on the null CUDA
+#     NULL_CUDA_ARCH=80 SIZE=small python -m tests.common.null_cuda scripts/gpu_suite.sh OUTDIR
 set -u
 if [ $# -lt 1 ]; then
-  sed -n '2,9p' "$0"
+  sed -n '2,/^set -u/{/^set -u/!p}' "$0"
   exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
-stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(smoke tests dispatch qwen3 threads memory opdb hal)
-limit=${STAGE_LIMIT:-480}
+groups=()
+for group in "${@:-timing tests+hal opdb}"; do
+  for part in $group; do
+    case $part in
+    timing) groups+=(smoke dispatch threads memory qwen3) ;;
+    flaggems) groups+=(judge plans opdb_flaggems) ;;
+    *) groups+=("$part") ;;
+    esac
+  done
+done
 suite_end=$((SECONDS + ${SUITE_LIMIT:-36000}))
 python=${PYTHON:-python3}
 chip=${FLAGOS_ACCELERATOR:-cuda}
 stock=${STOCK_DEVICE:-cuda} # what flagos is compared with; cpu tries the suite on a machine without a GPU
+pair=$stock,flagos
+size=${SIZE:-$([ "$stock" = cpu ] && echo small || echo full)}
+cores=$(nproc)
 
 # Python sources of this tree and the built libraries, side by side: pytest puts its root before PYTHONPATH.
 tree=$(mktemp -d)
@@ -37,87 +59,107 @@ if [ -z "$package" ]; then
   echo "gpu_suite: no built torch_fl on PYTHONPATH (_C*.so is missing); build it and set PYTHONPATH to the folder above"
   exit 2
 fi
-for part in torch_fl tests benchmarks scripts accelerator include csrc emulators docs pytest.ini; do
+for part in torch_fl tests benchmarks scripts accelerator include csrc cmake emulators docs pytest.ini; do
   [ -e "$repo/$part" ] && cp -r "$repo/$part" "$tree/"
 done
 cp "$package"/*.so "$package/_build.py" "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
-declare -A verdict
-stage() { # name command...
-  local name=$1 started=$SECONDS bound=$limit left=$((suite_end - SECONDS))
-  shift
-  [ $left -lt $bound ] && bound=$left
-  if [ $bound -lt 10 ]; then
-    verdict[$name]="not run: the suite's time is up"
-    return
-  fi
-  echo "== $name (at most $bound s)"
-  timeout -k 10 "$bound" "$@" >"$out/$name.log" 2>&1
-  local code=$?
-  case $code in
-  0) verdict[$name]="ok" ;;
-  124 | 137) verdict[$name]="out of time" ;;
-  *) verdict[$name]="exit code $code" ;;
-  esac
-  verdict[$name]+=", $((SECONDS - started)) s"
-  tail -n 25 "$out/$name.log"
-}
+declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=80 [memory]=60 [qwen3]=270
+  [tests]=480 [hal]=120 [opdb]=540 [judge]=330 [plans]=120 [opdb_flaggems]=300)
 
-# What a benchmark may take: a little less than its stage, so that it ends by itself.
-inner=$((limit - limit / 8))
-for name in "${stages[@]}"; do
-  case $name in
+# stage NAME LIMIT JOBS: runs it; what a stage may take by itself (inner) is less, so that it ends in order.
+stage() {
+  local limit=$2 jobs=$3 inner=$(($2 - 5 - $2 / 20)) run=()
+  export OMP_NUM_THREADS=1
+  case $1 in
   smoke)
-    stage smoke bash -c "nvidia-smi; '$python' -m torch_fl doctor && '$python' benchmarks/import_time.py --out '$out'"
+    run=(bash -c "nvidia-smi; '$python' -m torch_fl doctor
+      '$python' benchmarks/import_time.py --repeat 5 --limit $((inner / 2)) --out '$out'")
     ;;
-  tests)
-    # The sweeps have stages of their own. Workers share the GPU; without pytest-xdist one process does it all.
-    spread=()
-    "$python" -c 'import xdist' 2>/dev/null && spread=(-n 8 --dist loadfile)
-    stage tests "$python" -m pytest tests/integration -q --maxfail=100 -m "not slow" -p no:cacheprovider \
-      "${spread[@]}" --timeout 120 --ignore tests/integration/ops/test_opdb.py \
-      --ignore tests/integration/test_moduledb.py
-    ;;
-  dispatch)
-    stage dispatch "$python" benchmarks/dispatch.py --pair "$stock,flagos" --json "$out/dispatch.json"
+  dispatch) run=("$python" benchmarks/dispatch.py --pair "$pair" --limit $inner --out "$out") ;;
+  threads) run=("$python" benchmarks/threads.py --pair "$pair" --limit $inner --out "$out" ${THREADS_ARGUMENTS:-}) ;;
+  memory)
+    local of=$pair
+    [ "$stock" = cpu ] && of=flagos,flagos
+    run=("$python" benchmarks/memory.py --pair "$of" --limit $inner --out "$out" ${MEMORY_ARGUMENTS:-})
     ;;
   qwen3)
-    size=full
-    [ "$stock" = cpu ] && size=small
-    stage qwen3 "$python" benchmarks/qwen3.py --pair "$stock,flagos" --size $size --out "$out" --limit $inner \
-      ${QWEN3_ARGUMENTS:-}
+    run=("$python" benchmarks/qwen3.py --pair "$pair" --size "$size" --limit $inner --out "$out" ${QWEN3_ARGUMENTS:-})
     ;;
-  threads)
-    stage threads "$python" benchmarks/threads.py --pair "$stock,flagos" --out "$out" --limit $inner
-    ;;
-  memory)
-    [ "$stock" = cpu ] && pair=flagos,flagos || pair=$stock,flagos
-    stage memory "$python" benchmarks/memory.py --pair "$pair" --out "$out" --limit $inner
-    ;;
-  opdb)
-    stage opdb "$python" tests/integration/ops/against_stock.py --stock "$stock" --limit $inner \
-      --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-}
+  tests)
+    # The sweeps have stages of their own. Without pytest-xdist one process does it all.
+    local spread=()
+    "$python" -c 'import xdist' 2>/dev/null && spread=(-n "$jobs" --dist loadfile)
+    run=("$python" -m pytest tests/integration -q -m "not slow" -p no:cacheprovider "${spread[@]}" --timeout 120
+      --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
+      --results "$out/tests_$chip.json")
     ;;
   hal)
-    stage hal "$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
+    run=("$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
+      --results "$out/hal_$chip.json")
+    ;;
+  opdb)
+    run=("$python" tests/integration/ops/against_stock.py --stock "$stock" --limit $inner --jobs "$jobs"
+      --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-})
+    ;;
+  judge)
+    run=("$python" scripts/judge_flaggems.py --jobs "$jobs" --budget $inner --work "$out/judge" --out "$out/verdicts.json")
+    ;;
+  plans) run=("$python" benchmarks/plan_sweep.py --seconds $inner --json "$out/plans.json") ;;
+  opdb_flaggems)
+    run=(env FLAGOS_BACKEND_CONFIG="$tree/torch_fl/backends_flagos_py.conf" "$python"
+      tests/integration/ops/against_stock.py --stock "$stock" --limit $inner --jobs "$jobs"
+      --json "$out/opdb_flaggems.json" ${OPDB_ARGUMENTS:-})
     ;;
   *)
-    verdict[$name]="no such stage"
+    echo "no such stage" >"$out/$1.log"
+    return 2
     ;;
   esac
-done
+  timeout -k 5 "$limit" "${run[@]}" >"$out/$1.log" 2>&1
+}
 
-echo
 failed=0
-{
-  for name in "${stages[@]}"; do
-    printf '%-10s %s\n' "$name" "${verdict[$name]}"
-    [[ ${verdict[$name]} == ok,* ]] || failed=1
+: >"$out/summary.txt"
+for group in "${groups[@]}"; do
+  names=(${group//+/ })
+  many=$(printf '%s\n' "${names[@]}" | grep -cE '^(tests|opdb|judge|opdb_flaggems)(:|$)')
+  jobs=${JOBS:-$((cores > 3 ? (cores - 2) / (many > 0 ? many : 1) : 1))}
+  running=()
+  for name in "${names[@]}"; do
+    limit=${name#*:}
+    name=${name%%:*}
+    [ "$limit" = "$name" ] && limit=${seconds[$name]:-60}
+    left=$((suite_end - SECONDS))
+    [ $left -lt "$limit" ] && limit=$left
+    if [ "$limit" -lt 15 ]; then
+      echo "$name: not run, the suite's time is up" | tee -a "$out/summary.txt"
+      failed=1
+      continue
+    fi
+    echo "== $name (at most $limit s, $jobs jobs)"
+    (
+      began=$SECONDS
+      stage "$name" "$limit" "$jobs"
+      code=$?
+      case $code in
+      0) said=ok ;;
+      124 | 137) said="cut off" ;;
+      *) said="exit code $code" ;;
+      esac
+      printf '%-14s %s, %s s\n' "$name" "$said" $((SECONDS - began)) >>"$out/summary.txt"
+      echo "-- $name: $said"
+      tail -n 25 "$out/$name.log"
+      exit $code
+    ) &
+    running+=($!)
   done
-} | tee "$out/summary.txt"
-for name in "${stages[@]}"; do
-  [[ ${verdict[$name]} == ok,* ]] || failed=1
+  for process in "${running[@]}"; do
+    wait "$process" || failed=1
+  done
 done
+echo
+cat "$out/summary.txt"
 exit $failed

@@ -25,10 +25,17 @@ def rows(header, lines) -> list[str]:
     ]
 
 
+def made_on(data) -> str:
+    """The device that a result is about: the GPU, or the CPU behind the simulated chip."""
+    where = data.get("where") or data.get("versions") or {}
+    on_gpu = where.get("chip") == "cuda" and "gpu" in where
+    return where.get("made_on") or data.get("device") or (where["gpu"] if on_gpu else where.get("cpu")) or "unknown"
+
+
 def place(data) -> str:
     """Where a result was made, as a line."""
     where = data.get("where") or data.get("versions") or {}
-    said = [where.get("gpu") or where.get("cpu"), f"torch {where.get('torch')}"]
+    said = [made_on(data), f"torch {where.get('torch')}"]
     said += [f"chip {where['chip']}"] if "chip" in where else []
     said += [f"transformers {where['transformers']}"] if "transformers" in where else []
     return "Made on: " + ", ".join(str(part) for part in said if part) + "."
@@ -39,15 +46,19 @@ def dispatch(data) -> list[str]:
     lines, worst = [], []
     for mode, part in data["modes"].items():
         summary, operators = part["summary"], part["operators"]
-        bad = operators[summary["worst"]]["pairs"]
-        lines.append((mode, summary["operators"], summary["median_pairs"], f"{summary['worst']}: {bad}"))
+        if "worst" not in summary:
+            lines.append((mode, "no result", "", "", ""))
+            continue
+        bad = f"{summary['worst']}: {operators[summary['worst']]['pairs']}"
+        count = f"{summary['operators']} of {summary['asked'] - 1}" if "asked" in summary else summary["operators"]
+        lines.append((mode, count, summary["median_pairs"], bad, summary.get("third_party", "not measured")))
         worst += [
             (mode, name, row["first_ns"], row["second_ns"], row["pairs"])
             for name, row in sorted(operators.items(), key=lambda item: -item[1].get("pairs", 0))[:6]
             if "error" not in row
         ]
     return [
-        *rows(("mode", "operators", f"median {second} / {first}", "worst"), lines),
+        *rows(("mode", "operators", f"median {second} / {first}", "worst", "operator of another library"), lines),
         "",
         *rows(("mode", "slowest against stock", f"{first}, ns", f"{second}, ns", "ratio"), worst),
     ]
@@ -55,8 +66,7 @@ def dispatch(data) -> list[str]:
 
 def qwen3(data) -> list[str]:
     names = {
-        "pair": "eager decode, one process, tokens/s",
-        "decode": "eager decode, own processes, tokens/s",
+        "decode": "eager decode, tokens/s",
         "graph": "graph-captured decode, tokens/s",
         "train": "training, 2 x 256 tokens, steps/s",
     }
@@ -97,8 +107,12 @@ def memory(data) -> list[str]:
     lines = []
     for part, result in data["parts"].items():
         for name, value in result.get("ratio", {}).items():
-            lines.append((part, f"{name} bytes" if part == "allocate" else name.replace("_", " "), value))
-    return rows(("part", "measure", f"{data['pair'][1]} / {data['pair'][0]}"), lines)
+            if part == "allocate":
+                spread = f"{value['first']:.0f} ns, {value['second']:.0f} ns, {value['pairs']} pairs"
+                lines.append((part, f"torch.empty of {name} bytes and its release", value["ratio"], spread))
+            else:
+                lines.append((part, name.replace("_", " "), value, ""))
+    return rows(("part", "measure", f"{data['pair'][1]} / {data['pair'][0]}", ""), lines)
 
 
 def import_time(data) -> list[str]:
@@ -107,12 +121,47 @@ def import_time(data) -> list[str]:
     return rows(("", "median, s", "low", "high"), lines)
 
 
+def opdb(data) -> list[str]:
+    lines = [
+        (mode, row["cases"], row["passed"], f"{row['percent'] or 0:.2f}", f"{row['bit_equal']} of {row['steady']}")
+        for mode, row in data["modes"].items()
+    ]
+    operators = data.get("cpu_fallbacks", {})
+    return [
+        *rows(("mode", "cases that stock passes", "passed", "%", "bit-equal of those that repeat"), lines),
+        "",
+        f"* {data['pairs']} of {data['tasks']} (operator, dtype) pairs",
+        f"* operators on the CPU fallback: {len(operators)}",
+    ]
+
+
+def tests(data) -> list[str]:
+    names = ("passed", "failed", "error", "xfailed", "skipped")
+    lines = [(len(data["files"]), *(data["totals"].get(name, 0) for name in names))]
+    said = [f"* {name}: {message.splitlines()[0][:120]}" for name, message in data["failures"].items()]
+    cut = [] if data["finished"] else ["", "The run was cut off."]
+    return [*rows(("files", *names), lines), *cut, "", *said][: 20 + len(cut)]
+
+
+def manifest(folder: Path) -> list[str]:
+    """Every result file, what it holds and the device that it is about."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        what = str(data.get("what", "")).split(";")[0]
+        lines.append((f"[{path.name}](../{RESULTS}/{path.name})", what, made_on(data)))
+    return rows(("file", "content", "made on"), lines)
+
+
 TABLES = {
-    "dispatch": (dispatch, "python benchmarks/dispatch.py --pair cuda,flagos --json benchmarks/results/dispatch.json"),
+    "dispatch": (dispatch, "python benchmarks/dispatch.py --pair cuda,flagos --out benchmarks/results"),
     "qwen3": (qwen3, "python benchmarks/qwen3.py --out benchmarks/results"),
     "threads": (threads, "python benchmarks/threads.py --out benchmarks/results"),
     "memory": (memory, "python benchmarks/memory.py --out benchmarks/results"),
     "import_time": (import_time, "python benchmarks/import_time.py --out benchmarks/results"),
+    "opdb_cuda": (opdb, "python tests/integration/ops/against_stock.py --json benchmarks/results/opdb_cuda.json"),
+    "tests_cuda": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
+    "hal_cuda": (tests, "scripts/gpu_suite.sh OUTDIR hal"),
 }
 
 
@@ -121,6 +170,8 @@ def render(text: str, results: Path) -> str:
 
     def fill(match):
         name = match[2]
+        if name == "manifest":
+            return match[1] + "\n".join(manifest(results)) + "\n" + match[3]
         if name not in TABLES:
             raise ValueError(f"{DOCUMENT}: no table is called {name}; there are {', '.join(TABLES)}")
         make, command = TABLES[name]

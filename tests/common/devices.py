@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import platform
+import gc
 
 import torch
+
+from benchmarks import common
 
 
 def load_device(device: str) -> None:
@@ -33,23 +35,12 @@ def fallback_counts() -> dict[str, int]:
 
 def versions(device: str) -> dict[str, str]:
     """What a result file must say about where it was made."""
-    data = {
-        "device": device,
-        "chip": chip_name(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_model(),
-    }
-    return data
+    return {"device": device, **common.where(device)}
 
 
-def cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
+def memory_in_use() -> int:
+    """Bytes of the device in tensors: without the workspaces that cuBLAS keeps for each thread and stream."""
+    gc.collect()
+    if chip_name("flagos") == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
+    return torch.flagos.memory_allocated()

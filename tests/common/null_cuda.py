@@ -1,7 +1,9 @@
 """Builds tests/null_cuda, the CUDA run time without a GPU, and says how a process gets it; reads its log.
 
 What it is for and what it cannot show is in tests/null_cuda/runtime.cc. A process started with `environment()` sees
-NVIDIA devices whose kernels do nothing; inside of it `launches(call)` gives what a call launched.
+NVIDIA devices whose kernels do nothing; inside of it `launches(call)` gives what a call launched. A whole command:
+
+    python -m tests.common.null_cuda python -m pytest tests/integration/test_memory.py
 """
 
 from __future__ import annotations
@@ -117,3 +119,7 @@ def launches(call, addresses: bool = False) -> tuple[list[str], object]:
         null.null_cuda_read(text, room)
         null.null_cuda_log(0)
     return text.raw[:room].decode().splitlines(), result
+
+
+if __name__ == "__main__":  # python -m tests.common.null_cuda COMMAND...: runs a command on it
+    os.execvpe(sys.argv[1], sys.argv[1:], {**os.environ, **environment()})

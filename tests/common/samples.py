@@ -68,7 +68,8 @@ def _copy_layout(tensor, device, memo):
     key = (storage._cdata, tensor.dtype)
     if key not in memo:
         flat = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, (storage.nbytes() // size,), (1,))
-        memo[key] = flat.clone() if torch.device(device).type == "cpu" else flat.to(device)
+        # Many processes may share a GPU, and each wait for it is long: pageable memory is read before this returns.
+        memo[key] = flat.clone() if torch.device(device).type == "cpu" else flat.to(device, non_blocking=True)
     flat = memo[key]
     sizes, strides, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
     result = flat.new_empty(0).set_(flat.untyped_storage(), offset, sizes, strides)

@@ -5,6 +5,7 @@ It is set before torch_fl is imported, because routes are read once, at import.
 """
 
 import os
+import sys
 from pathlib import Path
 
 METAX_DEVICE = Path("/dev/mxcd")
@@ -18,6 +19,11 @@ import pytest
 import torch
 
 import torch_fl
+from tests.common import null_cuda
+
+torch.backends.cudnn.allow_tf32 = False  # results are compared with the CPU's, which are not rounded to ten bits
+if null_cuda.active():
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it asks the driver for more than the null CUDA has
 
 # Marks that name a chip or a backend, with what has to be there for the test to run.
 CHIP_MARKS = ("cuda", "metax", "ascend")
@@ -46,6 +52,20 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="; ".join(sorted(reasons[m] for m in platform_marks))))
         if item.get_closest_marker("slow") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --full"))
+
+
+def pytest_runtest_logfinish(nodeid, location):
+    """An illegal access or an assert on a GPU fails everything in its process from then on. With pytest-xdist another
+    process takes over; without it the rest of the run would say nothing."""
+    if torch_fl.chip() != "cuda" or not torch_fl._C._has_primary_context(0):
+        return
+    try:
+        torch_fl.flagos.synchronize()
+    except RuntimeError as error:
+        print(f"{nodeid} lost the device: {error}", file=sys.stderr, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit(f"{nodeid} lost the device", returncode=3)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import torch_fl
+
 VIEWS = {
     "slice": lambda x: x[1:],
     "select": lambda x: x[0],
@@ -90,8 +92,10 @@ def test_inplace_returns_the_same_object(name, device):
         assert view.untyped_storage()._cdata == x.untyped_storage()._cdata
         results.append((x.cpu(), x.stride(), x._version - version, view.cpu()))
     (expected, stride, bumps, base), (actual, actual_stride, actual_bumps, actual_base) = results
-    assert torch.equal(actual, expected) and actual_stride == stride and actual_bumps == bumps
-    assert torch.equal(actual_base, base)
+    assert actual_stride == stride and actual_bumps == bumps
+    if name != "normal_" or torch_fl.chip() == "host":  # other chips draw other numbers
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual_base, base)
 
 
 def test_out_returns_the_same_objects(device):
@@ -110,7 +114,8 @@ def test_out_returns_the_same_objects(device):
 def test_out_that_is_an_input(device):
     x = torch.randn(4, device=device)
     expected = x.cpu().sin()
-    assert torch.sin(x, out=x) is x and torch.equal(x.cpu(), expected)
+    assert torch.sin(x, out=x) is x
+    torch.testing.assert_close(x.cpu(), expected)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_training_epoch_equals_the_cpu_s(device):
             losses.append(loss.item())
         return losses
 
-    torch.testing.assert_close(train(device), train("cpu"), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(train(device), train("cpu"), rtol=1e-5, atol=1e-5)
 
 
 def test_collate_of_device_tensors_in_the_main_process(device):
@@ -97,6 +97,8 @@ def test_collate_of_device_tensors_in_the_main_process(device):
 # What a long run must not do: grow. /proc counts the process's own files; workers are its children.
 def _in_use():
     gc.collect()
+    for worker in multiprocessing.active_children():  # the loader waits for their end, but not for ever
+        worker.join(20)
     torch.flagos.synchronize()
     torch.flagos.empty_cache()
     torch_fl._C._host_empty_cache()  # what is cached depends on how far the loader was ahead

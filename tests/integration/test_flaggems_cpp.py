@@ -48,14 +48,17 @@ def test_calls(tree):
         assert stub.stub_calls() - before == calls, (call, stub.stub_calls() - before)
         got, expected = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (got, expected))
         for g, e in zip(got, expected, strict=True):
-            assert g.is_flagos and torch.equal(g.cpu(), e)
+            assert g.is_flagos
+            torch.testing.assert_close(g.cpu(), e)
 
-    a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
+    # Whole numbers: their products are exact on every chip.
+    a, b, c = (torch.randperm(m * n).float().view(m, n) for m, n in ((3, 4), (4, 5), (3, 5)))
     same(1, torch.mm, a, b)
     same(1, torch.mm, a.half(), b.half())
     same(1, torch.mm, a, b[:, ::2])
     same(0, torch.mm, a.double(), b.double())
-    same(0, torch.mm, a.long(), b.long())
+    if torch_fl.chip() != "cuda":  # torch has no such kernel there
+        same(0, torch.mm, a.long(), b.long())
     same(0, torch.mm, a[:0], b)
     same(1, torch.addmm, c, a, b)
     same(1, lambda *x: torch.addmm(*x, beta=2, alpha=0.5), c, a, b)

@@ -45,7 +45,7 @@ def test_make_fx_of_forward_and_backward(mode, net, x):
     assert {"aten.convolution.default", "aten.convolution_backward.default"} <= targets, targets
     for actual, expected in zip(graph(x), step(x), strict=True):
         assert actual.is_flagos
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)  # cuDNN may take another algorithm
 
 
 def test_make_fx_keeps_the_device_of_factories(device):

@@ -91,11 +91,12 @@ def test_freed_memory_is_reused_at_once():
 
 
 def test_empty_cache_gives_memory_back():
+    before = flagos.memory_reserved()  # not nothing: libraries have workspaces
     x = torch.empty(64 * MIB, dtype=torch.uint8, device="flagos")
     del x
-    assert flagos.memory_reserved() >= 64 * MIB
+    assert flagos.memory_reserved() >= before + 64 * MIB
     flagos.empty_cache()
-    assert flagos.memory_reserved() < 64 * MIB
+    assert flagos.memory_reserved() <= before
 
 
 @on_host

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import torch_fl
+
 CONFIGS = {
     "plain": {},
     "layers": {"num_layers": 2},
@@ -34,8 +36,16 @@ def run(kind, where, packed=False, **kwargs):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=["lstm", "gru", "rnn"])
 def test_equals_the_cpu(kind, config, device):
+    if config == "dropout" and torch_fl.chip() != "host":
+        pytest.skip("dropout draws the CPU's numbers on the simulated chip only")
     for a, e in zip(run(kind, device, **CONFIGS[config]), run(kind, "cpu", **CONFIGS[config]), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=["lstm", "gru", "rnn"])
+def test_dropout_follows_the_seed(kind, device):
+    once, again, without = (run(kind, device, num_layers=2, dropout=p) for p in (0.3, 0.3, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)) and not torch.equal(once[0], without[0])
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=["lstm", "gru", "rnn"])

@@ -200,6 +200,7 @@ def test_foreign_handle_is_refused():
         flagos.ExternalStream(0x1234)
 
 
+@pytest.mark.skipif(torch_fl.chip() == "cuda", reason="CUDA takes an unknown number for a foreign stream's address")
 def test_unknown_stream_id():
     with pytest.raises(RuntimeError):
         flagos.set_stream(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torch_fl
+from tests.common.devices import memory_in_use
 from tests.common.process import check_python
 
 THREADS = 8
@@ -44,8 +45,7 @@ def test_shared_weight(device, request):
     weight = torch.randn(16, 16, device=device)
     saved = weight.cpu()
     pointer, version = weight.data_ptr(), weight._version
-    gc.collect()
-    before = torch.flagos.memory_allocated()
+    before = memory_in_use()
     rounds = calls_per_thread(request) // 5
 
     def work(k):
@@ -61,16 +61,16 @@ def test_shared_weight(device, request):
 
     run_threads(work)
     assert weight.data_ptr() == pointer and weight._version == version and torch.equal(weight.cpu(), saved)
-    gc.collect()
-    assert torch.flagos.memory_allocated() == before
+    assert memory_in_use() == before
 
 
 def test_exceptions_inside(device, request):
     weight = torch.randn(16, 16, device=device)
     saved = weight.cpu()
-    gc.collect()
-    before = torch.flagos.memory_allocated()
+    before = memory_in_use()
     rounds = calls_per_thread(request) // 10
+    # A GPU finds an index out of range in the kernel, and the assert there ends the process.
+    index = 99 if torch_fl.chip() != "cuda" else 1.5
     total = torch.flagos.mem_get_info()[1]
     raised = [0] * THREADS
 
@@ -81,7 +81,7 @@ def test_exceptions_inside(device, request):
                 if kind == 0:
                     torch.mm(weight, torch.ones(3, 3, device=device))
                 elif kind == 1:
-                    torch.index_select(weight, 0, torch.tensor([99], device=device))
+                    torch.index_select(weight, 0, torch.tensor([index], device=device))
                 elif kind == 2 and i % 64 == 2:
                     torch.empty(total * 4, dtype=torch.uint8, device=device)
                 elif kind == 3:
@@ -99,8 +99,7 @@ def test_exceptions_inside(device, request):
     run_threads(work)
     assert min(raised) > rounds // 4
     assert torch.equal(weight.cpu(), saved)
-    gc.collect()
-    assert torch.flagos.memory_allocated() == before
+    assert memory_in_use() == before
     assert (weight + 1).is_flagos
 
 

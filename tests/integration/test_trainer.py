@@ -1,6 +1,7 @@
 """transformers.Trainer and accelerate, unmodified, on flagos: train, evaluate, save, resume; losses as on the CPU.
 
-accelerate looks for a fixed list of devices; ACCELERATE_TORCH_DEVICE=flagos in the environment names ours.
+accelerate looks for a fixed list of devices; ACCELERATE_TORCH_DEVICE=flagos in the environment names ours. On a machine
+with a GPU TrainingArguments takes cuda before it looks there, so its property has to say flagos.
 """
 
 import os
@@ -87,6 +88,13 @@ def forget():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+class Arguments(transformers.TrainingArguments):
+    @property
+    def device(self):
+        found = super().device
+        return torch.device("flagos") if found.type == "cuda" else found
+
+
 def trainer(make, folder, cpu=False, **options):
     forget()
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if cpu else "flagos"
@@ -100,7 +108,7 @@ def trainer(make, folder, cpu=False, **options):
             setattr(model.config, name, 0.0)
     defaults = {"per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
     defaults |= {"disable_tqdm": True, "seed": 0, "max_steps": 6, "use_cpu": cpu}
-    arguments = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    arguments = Arguments(output_dir=str(folder), **{**defaults, **options})
     return transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
 
 

@@ -7,10 +7,11 @@
 //
 //   NULL_CUDA_DEVICES    number of devices (default 1)         NULL_CUDA_MEMORY   bytes of each (default 8 GiB)
 //   NULL_CUDA_LAUNCH_NS  what a launch takes (default 0)       NULL_CUDA_DRIVER   driver version (default 13000)
+//   NULL_CUDA_ARCH       compute capability (default 90; torch prefers cuDNN's attention then, which does not start here)
 //
 // null_cuda_log(1) empties and starts the log, null_cuda_log(2) shows addresses as they are, null_cuda_read() gives its
 // text; null_cuda_fail("cudaMalloc", 2) makes the next call of a function return a number, null_cuda_break(700) makes
-// every later call fail, as an illegal access does.
+// every later call fail, as an illegal access does. In a forked child of a process that has used it every call fails.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include "null_cuda.h"
 
@@ -38,13 +40,14 @@ struct State {
   std::atomic<unsigned long long> launches{0};
   std::atomic<int> logging{0};
   std::atomic<int> standing{0};
-  int devices = 1, driver = 13000;
+  int devices = 1, driver = 13000, arch = 90;
   long launch_ns = 0;
   State() {
     auto number = [](const char* name, long fallback) { return getenv(name) ? atol(getenv(name)) : fallback; };
     devices = std::min<int>(number("NULL_CUDA_DEVICES", 1), kMaxDevices);
     launch_ns = number("NULL_CUDA_LAUNCH_NS", 0);
     driver = number("NULL_CUDA_DRIVER", 13000);
+    arch = number("NULL_CUDA_ARCH", 90);
   }
 };
 // Never destroyed: libraries register kernels before main() and release memory after it.
@@ -55,7 +58,15 @@ State& state() {
 
 thread_local int current = 0;
 thread_local cudaError_t last = cudaSuccess;
-std::atomic<bool> any_failure{false};
+std::atomic<bool> any_failure{false}, entered{false};
+
+// A child inherits a driver that it cannot use.
+void break_child() {
+  if (!entered) return;
+  state().standing = cudaErrorInitializationError;
+  any_failure = true;
+}
+const int forks_are_watched = pthread_atfork(nullptr, nullptr, break_child);
 
 struct Configuration {
   dim3 grid, block;
@@ -100,6 +111,7 @@ cudaError_t fail(cudaError_t error) {
 }
 
 cudaError_t enter(const char* name) {
+  entered.store(true, std::memory_order_relaxed);
   if (!any_failure.load(std::memory_order_relaxed)) return cudaSuccess;
   State& s = state();
   if (s.standing) return fail(cudaError_t(s.standing.load()));
@@ -270,8 +282,8 @@ cudaError_t cudaDeviceGetPCIBusId(char* out, int length, int device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr attribute, int) {
   static const std::map<int, int> values = {
-      {cudaDevAttrComputeCapabilityMajor, 9},
-      {cudaDevAttrComputeCapabilityMinor, 0},
+      {cudaDevAttrComputeCapabilityMajor, state().arch / 10},
+      {cudaDevAttrComputeCapabilityMinor, state().arch % 10},
       {cudaDevAttrMultiProcessorCount, 132},
       {cudaDevAttrMaxThreadsPerBlock, 1024},
       {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
@@ -304,7 +316,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int device) {
     cudaDeviceGetAttribute(&value, attribute, device);
     return value;
   };
-  out->major = 9, out->minor = 0;
+  out->major = state().arch / 10, out->minor = state().arch % 10;
   out->totalGlobalMem = memory_of_a_device();
   out->multiProcessorCount = get(cudaDevAttrMultiProcessorCount);
   out->maxThreadsPerBlock = get(cudaDevAttrMaxThreadsPerBlock);
@@ -354,6 +366,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorMemoryAllocation:
       return "out of memory";
+    case cudaErrorInitializationError:
+      return "initialization error";
     case cudaErrorNoDevice:
       return "no CUDA-capable device is detected";
     case cudaErrorInsufficientDriver:

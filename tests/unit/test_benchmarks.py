@@ -1,14 +1,22 @@
 """The judgement of the benchmarks: what a result file says when the devices differ, fail or run out of time."""
 
-from benchmarks import common, memory, qwen3, threads
+import argparse
+
+import pytest
+
+from benchmarks import common, dispatch, memory, qwen3, threads
 
 
-def speeds(device, values, tokens=(1, 2, 3)):
-    return {"device": device, "tokens_per_second": list(values), "tokens": list(tokens)}
+def speed(device, value, tokens=(1, 2, 3)):
+    return {"device": device, "tokens_per_second": value, "tokens": list(tokens)}
 
 
-def train(device, losses=("0x1.0p+0",), ms=(10.0, 12.0, 11.0), peak=1000):
-    return {"device": device, "ms_per_step": list(ms), "losses": list(losses), "peak_allocated": peak}
+def start(device, losses=("0x1.0p+0",), peak=1000):
+    return {"device": device, "losses": list(losses), "peak_allocated": peak}
+
+
+def turns(cuda, flagos):
+    return [[{"ms_per_step": cuda}, {"ms_per_step": flagos}]]
 
 
 def test_ratio_is_the_median_of_pairs():
@@ -18,48 +26,89 @@ def test_ratio_is_the_median_of_pairs():
 
 
 def test_other_tokens_are_seen():
-    same = qwen3.judge_speeds([[speeds("cuda", [10]), speeds("flagos", [12])]])
+    same = qwen3.judge_speeds([[speed("cuda", 10), speed("flagos", 12)]])
     assert same["tokens_equal"] and same["tokens_per_second"]["ratio"] == 1.2 and not same["errors"]
-    assert not qwen3.judge_speeds([[speeds("cuda", [10]), speeds("flagos", [12], (1, 2, 4))]])["tokens_equal"]
+    assert not qwen3.judge_speeds([[speed("cuda", 10), speed("flagos", 12, (1, 2, 4))]])["tokens_equal"]
 
 
 def test_other_losses_are_seen():
-    good = qwen3.judge_train([[train("cuda"), train("flagos", ms=[5.0] * 3, peak=1010)]])
+    good = qwen3.judge_train(turns(11.0, 5.0), [[start("cuda"), start("flagos", peak=1010)]])
     assert good["losses_bit_equal"] and good["peak_allocated"]["ratio"] == 1.01
     assert good["steps_per_second"]["ratio"] == 2.2  # 11 ms against 5
-    assert not qwen3.judge_train([[train("cuda"), train("flagos", losses=["0x1.1p+0"])]])["losses_bit_equal"]
+    other = [[start("cuda"), start("flagos", losses=["0x1.1p+0"])]]
+    assert not qwen3.judge_train(turns(1.0, 1.0), other)["losses_bit_equal"]
+
+
+def test_graphs_are_compared_with_eager_decoding_and_with_the_roofline():
+    starts = [[{"tokens": [1], "graph": True}, {"tokens": [1], "graph": True}]]
+    pairs = [[{"tokens_per_second": 500.0}, {"tokens_per_second": 600.0}]]
+    eager = qwen3.judge_speeds([[speed("cuda", 40), speed("flagos", 50)]])
+    result = qwen3.judge_graph(pairs, starts, {"device": "flagos", "tokens_per_second": 1000.0}, eager)
+    assert (result["times_eager"], result["share_of_roofline"], result["graph"]) == (12.0, 0.6, [True, True])
+    assert result["tokens_equal"] and not result["errors"]
+    assert qwen3.judge_graph(pairs, starts, {"error": "no bandwidth"}, eager)["errors"] == ["no bandwidth"]
 
 
 def test_a_failed_worker_is_reported_and_not_counted():
     pairs = [
-        [speeds("cuda", [10]), {"device": "flagos", "error": "exit code 1"}],
-        [speeds("cuda", [10]), speeds("f", [9])],
+        [speed("cuda", 10), {"device": "flagos", "error": "exit code 1"}],
+        [speed("cuda", 10), speed("flagos", 9)],
     ]
     result = qwen3.judge_speeds(pairs)
     assert result["errors"] == ["exit code 1"] and result["tokens_per_second"]["pairs"] == 1
     assert "tokens_per_second" not in qwen3.judge_speeds(pairs[:1])
 
 
-def worker(tmp_path, text):
-    script = tmp_path / "worker.py"
-    script.write_text(text)
-    return str(script)
+SCRIPT = """
+import os, sys, time
+sys.path.append({root!r})
+from benchmarks import common
+
+class Work:
+    def add(self, a, b):
+        print("noise")
+        return {{"sum": a + b, "loaded": "torch_fl" in sys.modules, "arguments": sys.argv[1:]}}
+    def fail(self):
+        raise ValueError("no kernel")
+    def sleep(self):
+        time.sleep(60)
+
+import torch
+common.serve(Work())
+"""
 
 
-def test_workers(tmp_path):
-    good = worker(tmp_path, 'import sys; print(\'noise\'); print(\'RESULT {"a": 1, "argv": "%s"}\' % sys.argv[-1])')
-    assert common.run_worker(good, ["last"], "cpu", common.Budget(60)) == {"device": "cpu", "a": 1, "argv": "last"}
-    bad = worker(tmp_path, "raise ValueError('no kernel')")
-    assert "exit code 1" in (error := common.run_worker(bad, [], "cpu", common.Budget(60))["error"])
-    assert "no kernel" in error
-    slow = worker(tmp_path, "import time; time.sleep(60)")
-    assert "time limit" in common.run_worker(slow, [], "cpu", common.Budget(1), enough=0)["error"]
-    assert "not started" in common.run_worker(good, [], "cpu", common.Budget(0))["error"]
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(SCRIPT.format(root=str(common.ROOT)))
+    return str(path)
 
 
-def test_stock_workers_do_not_load_torch_fl(tmp_path):
-    script = worker(tmp_path, "import sys, torch; print('RESULT {\"loaded\": %d}' % ('torch_fl' in sys.modules))")
-    assert common.run_worker(script, [], "cuda", common.Budget(120)) == {"device": "cuda", "loaded": 0}
+def test_workers_take_turns_and_do_not_load_torch_fl_for_stock(script):
+    budget = common.Budget(120)
+    with common.workers(script, ["last"], ["cpu", "cuda"]) as pair:
+        assert [one["sum"] for one in common.both(pair, "add", budget, a=1, b=2)] == [3, 3]
+        pairs = common.alternate(pair, "add", 3, budget, budget, a=2, b=2)
+    assert [[(one["device"], one["sum"]) for one in p] for p in pairs] == [[("cpu", 4), ("cuda", 4)]] * 3
+    assert not pairs[0][1]["loaded"] and pairs[0][1]["arguments"] == ["--worker", "--device", "cuda", "last"]
+
+
+def test_a_worker_that_fails_or_is_late_is_an_error_from_then_on(script):
+    with common.workers(script, [], ["cpu", "cpu"]) as (first, second):
+        bad = first.ask("fail", common.Budget(120))
+        assert "exit code 1" in bad["error"] and "no kernel" in bad["error"]
+        assert first.ask("add", common.Budget(120), a=1, b=1) == bad
+        second.ask("add", common.Budget(120), a=1, b=1)
+        assert "time limit" in second.ask("sleep", common.Budget(0.5))["error"]
+        assert common.alternate([first, second], "add", 5, common.Budget(9), common.Budget(9), a=1, b=1) == [
+            [bad, second.answer(common.Budget(1))]
+        ]
+
+
+def test_no_turn_is_begun_after_its_share(script):
+    with common.workers(script, [], ["cpu", "cpu"]) as pair:
+        assert common.alternate(pair, "add", 5, common.Budget(0), common.Budget(60), a=1, b=1) == []
 
 
 def test_wrong_results_in_threads_are_errors():
@@ -71,6 +120,27 @@ def test_wrong_results_in_threads_are_errors():
     assert errors == ["thread 2: AssertionError: gave 7"] and seconds >= 0
 
 
+def test_lost_calls_in_threads_are_errors():
+    """A product that another thread disturbed is seen at the next check."""
+    options = argparse.Namespace(device="cpu", threads=2, calls=2 * threads.SPAN)
+    good = threads.multiply(options, common.Budget(60), threads.products, options.calls)
+    assert good["calls"] == good["asked"] == options.calls and not good["errors"]
+
+    def one_too_few(x, weight, count):
+        return threads.products(x, weight, count - 1)
+
+    bad = threads.multiply(options, common.Budget(60), one_too_few, options.calls)
+    assert len(bad["errors"]) == 2 and "after 500 calls" in bad["errors"][0]
+
+
 def test_memory_is_compared():
-    assert memory.compare("train", {"peak_allocated": 100}, {"peak_allocated": 101}) == {"peak_allocated": 1.01}
-    assert memory.compare("allocate", {"ns": {"64": 200}}, {"ns": {"64": 50}}) == {"64": 0.25}
+    assert memory.compare("train", [({"peak_allocated": 100}, {"peak_allocated": 101})]) == {"peak_allocated": 1.01}
+    times = [[{"ns": {"64": 200}}, {"ns": {"64": 50}}]]
+    assert memory.compare("allocate", times)["64"]["ratio"] == 0.25
+
+
+def test_the_operator_of_another_library_is_left_out_of_the_medians():
+    rows = {"mm": {"ratio": 0.9, "pairs": 0.9}, "cat": {"error": "x"}, dispatch.THIRD_PARTY: {"ratio": 2, "pairs": 2.0}}
+    summary = dispatch.summarize(rows, 3)
+    assert summary["operators"] == 1 and summary["median_pairs"] == 0.9 and summary["third_party"] == 2.0
+    assert "median_pairs" not in dispatch.summarize({}, 3)

@@ -6,14 +6,21 @@ import performance_doc
 import pytest
 
 RATIO = {"first": 40.0, "second": 44.0, "ratio": 1.1, "ratio_low": 1.05, "ratio_high": 1.2, "pairs": 24}
-WHERE = {"torch": "2.11.0", "gpu": "some GPU", "chip": "cuda"}
+WHERE = {"torch": "2.11.0", "cpu": "some CPU", "gpu": "some GPU", "chip": "cuda", "made_on": "some GPU"}
 RESULTS = {
     "dispatch": {
         "pair": ["cuda", "flagos"],
-        "versions": WHERE,
+        "where": WHERE,
         "modes": {
             "no_grad": {
-                "summary": {"operators": 2, "median_ratio": 0.95, "median_pairs": 0.96, "worst": "cat (list)"},
+                "summary": {
+                    "operators": 2,
+                    "asked": 5,
+                    "median_ratio": 0.95,
+                    "median_pairs": 0.96,
+                    "worst": "cat (list)",
+                    "third_party": 1.12,
+                },
                 "operators": {
                     "mm": {"first_ns": 9000, "second_ns": 8600, "pairs": 0.955},
                     "cat (list)": {"first_ns": 7000, "second_ns": 7300, "pairs": 1.04},
@@ -26,7 +33,7 @@ RESULTS = {
         "pair": ["cuda", "flagos"],
         "where": WHERE,
         "parts": {
-            "pair": {"errors": [], "tokens_per_second": RATIO, "tokens_equal": True},
+            "decode": {"errors": ["stopped at the time limit"]},
             "graph": {
                 "errors": [],
                 "tokens_per_second": RATIO,
@@ -34,26 +41,43 @@ RESULTS = {
                 "roofline_tokens_per_second": 3000.0,
             },
             "train": {"errors": [], "steps_per_second": RATIO, "losses_bit_equal": False},
-            "decode": {"errors": ["stopped at the time limit"]},
         },
     },
     "threads": {"where": WHERE, "parts": {"calls": {"flagos": {"calls": 1000, "per_second": 5.0, "errors": ["x"]}}}},
     "memory": {
         "pair": ["cuda", "flagos"],
         "where": WHERE,
-        "parts": {"train": {"ratio": {"peak_allocated": 1.0}}, "allocate": {"ratio": {"64": 0.3}}, "churn": {}},
+        "parts": {"train": {"ratio": {"peak_allocated": 1.0}}, "allocate": {"ratio": {"64": RATIO}}, "churn": {}},
     },
     "import_time": {
         "where": WHERE,
         **{k: {"median": 0.1, "low": 0.09, "high": 0.2} for k in ("torch", "torch_fl", "first_use")},
     },
+    "opdb_cuda": {
+        "versions": WHERE,
+        "tasks": 6052,
+        "pairs": 6000,
+        "modes": {"forward": {"cases": 200, "passed": 199, "percent": 99.5, "steady": 190, "bit_equal": 189}},
+        "cpu_fallbacks": {"histc": 2},
+    },
+    "tests_cuda": {
+        "versions": WHERE,
+        "finished": False,
+        "totals": {"passed": 7, "failed": 1},
+        "files": {"a.py": {"passed": 7}, "b.py": {"failed": 1}},
+        "failures": {"b.py::test_b": "assert 1 == 2"},
+    },
+    "hal_cuda": {"versions": WHERE, "finished": True, "totals": {"passed": 9}, "files": {"c.py": {}}, "failures": {}},
 }
 SAYS = {
-    "dispatch": ("0.96", "cat (list): 1.04"),
+    "dispatch": ("2 of 4", "0.96", "cat (list): 1.04", "1.12"),
     "qwen3": ("1.100", "61 % of the memory roofline", "losses bit equal: NO", "no result"),
     "threads": ("1000", "| 1 |"),
-    "memory": ("peak allocated | 1.0", "64 bytes | 0.3"),
+    "memory": ("peak allocated | 1.0", "of 64 bytes and its release | 1.1"),
     "import_time": ("0.100",),
+    "opdb_cuda": ("199 | 99.50 | 189 of 190", "6000 of 6052", "on the CPU fallback: 1"),
+    "tests_cuda": ("| 2 | 7 | 1 | 0", "cut off", "b.py::test_b: assert 1 == 2"),
+    "hal_cuda": ("| 1 | 9 |",),
 }
 
 
@@ -74,6 +98,17 @@ def test_each_table(name, tmp_path):
     assert performance_doc.render(made, tmp_path) == made
 
 
+def test_a_table_names_the_device_that_it_is_about(tmp_path):
+    """The GPU when the chip is one; on the simulated chip the CPU, whatever GPU the machine has."""
+    rows = []
+    for name, chip, made_on in (("a", "cuda", None), ("b", "host", None), ("c", "host", "some CPU")):
+        where = {**WHERE, "chip": chip, "made_on": made_on}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"what": f"{name}; see there", "where": where}))
+    made = performance_doc.render("<!-- table manifest -->\n<!-- end -->", tmp_path)
+    rows = [line.split(" | ")[1:] for line in made.splitlines() if "json" in line]
+    assert rows == [["a", "some GPU |"], ["b", "some CPU |"], ["c", "some CPU |"]]
+
+
 def test_missing_results_and_unknown_tables(tmp_path):
     assert "No result yet" in performance_doc.render("<!-- table qwen3 -->\n<!-- end -->", tmp_path)
     with pytest.raises(ValueError, match="no table is called nothing"):
@@ -82,4 +117,4 @@ def test_missing_results_and_unknown_tables(tmp_path):
 
 def test_every_table_is_in_the_document():
     text = (performance_doc.ROOT / performance_doc.DOCUMENT).read_text(encoding="utf-8")
-    assert {m[2] for m in performance_doc.BLOCK.finditer(text)} == set(performance_doc.TABLES)
+    assert {m[2] for m in performance_doc.BLOCK.finditer(text)} == {*performance_doc.TABLES, "manifest"}
