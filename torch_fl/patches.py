@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.dlpack import DLDeviceType
 
+from torch_fl import _recurrent
+
 
 class Patch(NamedTuple):
     owner: Any
@@ -39,6 +41,18 @@ def _dlpack_device(original):
     return __dlpack_device__
 
 
+def _flatten_parameters(original):
+    @functools.wraps(original)
+    def flatten_parameters(self):
+        weights = self._flat_weights
+        if weights and all(type(w) in (torch.Tensor, torch.nn.Parameter) and w.is_flagos for w in weights):
+            _recurrent.flatten_parameters(self)
+        else:
+            original(self)
+
+    return flatten_parameters
+
+
 TABLE: list[Patch] = [
     Patch(
         torch.Tensor,
@@ -55,6 +69,13 @@ TABLE: list[Patch] = [
         "under autocast, torch.cond, while_loop, map and the like find no kernel for AutocastPrivateUse1: the list of "
         "keys they pass on names CPU, CUDA and XPU only",
         "torch's list has AutocastPrivateUse1, or a device can name its key",
+    ),
+    Patch(
+        torch.nn.RNNBase,
+        "flatten_parameters",
+        _flatten_parameters,
+        "torch flattens weights that say cuda only; without it cuDNN copies every weight in every call",
+        "torch asks what cuDNN accepts in C++, as the layers themselves do",
     ),
 ]
 

@@ -107,18 +107,17 @@ void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::
   const auto& schema = op.schema();
   const auto& arguments = schema.arguments();
   const size_t first = stack->size() - arguments.size();
-  BelowAutograd below;
+  const bool changes = schema.is_mutable();
+  // torch's own operators count versions above this kernel, another library's on the tensors that it works on.
+  BelowAutograd below(changes && !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView));
   size_t tensors = 0;
   for (size_t i = first; i < stack->size(); ++i) tensors += tensors_in((*stack)[i]);
   Kept kept;
   kept.reserve(tensors);
   Call call;
-  bool writes = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto* alias = arguments[i].alias_info();
-    const bool write = alias && alias->isWrite();
-    writes |= write;
-    map_argument(call, (*stack)[first + i], write, kept);
+    map_argument(call, (*stack)[first + i], alias && alias->isWrite(), kept);
   }
   call.enter(op.operator_name().name.c_str(), mixed_devices_allowed(op.operator_name().name));
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -130,14 +129,11 @@ void relabel_call(const c10::OperatorHandle& op, torch::jit::Stack* stack, c10::
   }
   try {
     run();
-  } catch (c10::AcceleratorError& error) {
-    name_operator(error, op.operator_name().name.c_str());
+  } catch (c10::Error& error) {
+    tell(error, op.operator_name().name.c_str());
     throw;
   }
-  if (writes) call.write_back();
-  // torch's own operators bump versions above this kernel; another library's kernel would have done it on the tensor
-  // itself.
-  if (writes && !op.hasKernelForDispatchKey(c10::DispatchKey::ADInplaceOrView)) call.bump_versions();
+  if (changes) call.write_back();
   const size_t results = schema.returns().size();
   for (size_t i = stack->size() - results; i < stack->size(); ++i) map_result(call, (*stack)[i]);
 }

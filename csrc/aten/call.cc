@@ -17,7 +17,9 @@ const c10::DispatchKeySet kLazyBits({c10::DispatchKey::Conjugate, c10::DispatchK
 // tell an alias that a kernel replaced.
 class AliasImpl final : public c10::TensorImpl {
  public:
-  AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {}
+  AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {
+    version_counter_ = c10::VariableVersion(0);  // in inference mode there would be none
+  }
 
   void bind(const c10::TensorImpl* source, c10::StorageImpl* twin) {
     copy_generic_tensor_metadata(source, this);  // not the storage and the version: they would be counted up and down
@@ -25,7 +27,16 @@ class AliasImpl final : public c10::TensorImpl {
     storage_ = c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
     device_opt_ = native.device(source->device().index());
   }
-  bool reusable() const { return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr; }
+  bool reusable() const {
+    return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr &&
+           version_counter_.current_version() == 0;
+  }
+  // How often kernels said that they have changed this tensor; torch's in-place kernels for lists do so themselves.
+  uint32_t take_version() {
+    const auto version = version_counter_.current_version();
+    if (C10_UNLIKELY(version != 0)) version_counter_.set_version(0);
+    return version;
+  }
   void unbind() { storage_ = c10::Storage(); }
 };
 
@@ -216,6 +227,9 @@ void Call::write_back() {
     auto* to = origin.tensor->unsafeGetTensorImpl();
     auto* from = alias_[i].unsafeGetTensorImpl();
     if (C10_UNLIKELY(!origin.pooled) && write_back_layout(*origin.tensor, alias_[i])) continue;
+    if (C10_LIKELY(origin.pooled)) {
+      for (auto n = static_cast<AliasImpl*>(from)->take_version(); C10_UNLIKELY(n != 0); --n) to->bump_version();
+    }
     const auto& memory = origin.twin->_mutable_data_ptr_no_checks();
     if (C10_UNLIKELY(memory.get() != origin.data || origin.twin->nbytes() != origin.nbytes)) {
       refresh_from_twin(origin.storage, origin.twin);
@@ -230,14 +244,6 @@ void Call::write_back() {
     if (C10_UNLIKELY(from->sizes() != to->sizes() || from->strides() != to->strides() ||
                      from->storage_offset() != to->storage_offset())) {
       to->set_sizes_and_strides(from->sizes(), from->strides(), from->storage_offset());
-    }
-  }
-}
-
-void Call::bump_versions() {
-  for (const auto& origin : origin_) {
-    if (origin.write && origin.tensor && !origin.tensor->is_inference()) {
-      origin.tensor->unsafeGetTensorImpl()->bump_version();
     }
   }
 }

@@ -43,10 +43,8 @@ class Call {
   c10::DeviceIndex index() const { return index_; }
 
   // ---- after the kernel ------------------------------------------------------------------------------------------
-  // Carries sizes, strides, dtype, lazy bits, quantizer and storage of written aliases back to the originals.
+  // Carries sizes, strides, dtype, lazy bits, quantizer, storage and version of written aliases back to the originals.
   void write_back();
-  // Tells autograd that the written originals have changed.
-  void bump_versions();
   // A result under the flagos label: the original object when the kernel returned an argument, a tensor on the
   // argument's storage when it is a view of one, otherwise the same TensorImpl over a new flagos storage.
   at::Tensor result(at::Tensor&& t);
@@ -93,12 +91,14 @@ class Call {
 };
 
 // Excludes autograd and autocast below a kernel, at no cost when they are excluded already, as under VariableType.
+// count_versions: what the kernel calls on its arguments still counts their versions, as it does below torch's own
+// in-place operators on lists and below other libraries' operators.
 class BelowAutograd {
  public:
-  BelowAutograd() {
-    if (C10_UNLIKELY(!c10::impl::tls_local_dispatch_key_set().excluded_.has_all(keys_above_native()))) {
-      guard_.emplace(keys_above_native());
-    }
+  explicit BelowAutograd(bool count_versions = false) {
+    auto keys = keys_above_native();
+    if (count_versions) keys = keys - c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
+    if (C10_UNLIKELY(!c10::impl::tls_local_dispatch_key_set().excluded_.has_all(keys))) guard_.emplace(keys);
   }
 
  private:

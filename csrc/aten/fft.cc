@@ -5,7 +5,6 @@
 // differentiable like torch's; every other dtype goes to torch's own.
 #include <ATen/ATen.h>
 #include <ATen/WrapDimUtils.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/fft_fft2_native.h>
 #include <ATen/ops/fft_fft_native.h>
 #include <ATen/ops/fft_fftn_native.h>
@@ -105,21 +104,39 @@ int64_t halve(Shape& shape, const Tensor& t, Lengths s) {
   return last;
 }
 
-// ---- the transforms: `forward` is the sign of the exponent
+// ---- the transforms: `forward` is the sign of the exponent, `out` where the result goes, if it is defined
 
-Tensor to_complex(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward) {
+void complex_only(const Tensor& out, const char* name) {
+  TORCH_CHECK(!out.defined() || out.is_complex(), name, " expects a complex output tensor, but got ",
+              out.scalar_type());
+}
+Tensor to_complex(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward, Tensor out, const char* name) {
+  complex_only(out, name);
+  if (out.defined()) return at::_fft_c2c_out(out, t, dims, scaling(norm, forward), forward);
   return at::_fft_c2c(t, dims, scaling(norm, forward), forward);
 }
-Tensor from_real(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward, bool onesided) {
-  auto result = at::_fft_r2c(t, dims, scaling(norm, forward), onesided);  // has one sign only
-  return forward ? result : result.conj();
+Tensor from_real(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward, bool onesided, Tensor out,
+                 const char* name) {
+  complex_only(out, name);
+  // The operator has one sign only.
+  if (out.defined() && forward) return at::_fft_r2c_out(out, t, dims, scaling(norm, forward), onesided);
+  auto result = at::_fft_r2c(t, dims, scaling(norm, forward), onesided);
+  if (forward) return result;
+  return out.defined() ? at::conj_physical_out(out, result) : result.conj();
 }
-Tensor to_real(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward, int64_t length) {
-  return at::_fft_c2r(forward ? t.conj() : t, dims, scaling(norm, forward), length);  // likewise
+Tensor to_real(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward, int64_t length, Tensor out,
+               const char* name) {
+  TORCH_CHECK(!out.defined() || out.is_floating_point(), name, " expects a floating point output tensor, but got ",
+              out.scalar_type());
+  const auto input = forward ? t.conj() : t;  // likewise
+  if (out.defined()) return at::_fft_c2r_out(out, input, dims, scaling(norm, forward), length);
+  return at::_fft_c2r(input, dims, scaling(norm, forward), length);
 }
 
-Tensor fft(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward) {
-  return t.is_complex() ? to_complex(t, dims, norm, forward) : from_real(t, dims, norm, forward, false);
+Tensor fft(const Tensor& t, at::IntArrayRef dims, Norm norm, bool forward, const Tensor& out) {
+  const char* name = forward ? "fft" : "ifft";
+  return t.is_complex() ? to_complex(t, dims, norm, forward, out, name)
+                        : from_real(t, dims, norm, forward, false, out, name);
 }
 
 struct One {  // of one dimension
@@ -135,58 +152,57 @@ struct One {  // of one dimension
 };
 
 template <bool forward>
-Tensor fft_1(const Tensor& t, const Length& n, int64_t d, Norm norm) {
+Tensor fft_1(const Tensor& t, const Length& n, int64_t d, Norm norm, const Tensor& out) {
   const One one(t, n, d, false);
-  return fft(one.input, one.dim, norm, forward);
+  return fft(one.input, one.dim, norm, forward, out);
 }
 template <bool forward>
-Tensor rfft_1(const Tensor& t, const Length& n, int64_t d, Norm norm) {
-  real_only(t, forward ? "rfft" : "ihfft");
+Tensor rfft_1(const Tensor& t, const Length& n, int64_t d, Norm norm, const Tensor& out) {
+  const char* name = forward ? "rfft" : "ihfft";
+  real_only(t, name);
   const One one(t, n, d, false);
-  return from_real(one.input, one.dim, norm, forward, true);
+  return from_real(one.input, one.dim, norm, forward, true, out, name);
 }
 template <bool forward>
-Tensor irfft_1(const Tensor& t, const Length& n, int64_t d, Norm norm) {
+Tensor irfft_1(const Tensor& t, const Length& n, int64_t d, Norm norm, const Tensor& out) {
   const One one(complex(t), n, d, true);
-  return to_real(one.input, one.dim, norm, forward, one.length);
+  return to_real(one.input, one.dim, norm, forward, one.length, out, forward ? "hfft" : "irfft");
 }
 template <bool forward>
-Tensor fft_n(const Tensor& t, Lengths s, Dims dim, Norm norm) {
+Tensor fft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
   const auto shape = shape_of(t, s, dim);
-  const auto input = complex(t);
-  if (shape.dims.empty()) return input.clone();
-  return to_complex(resized(input, shape.dims, shape.lengths), shape.dims, norm, forward);
+  return to_complex(resized(complex(t), shape.dims, shape.lengths), shape.dims, norm, forward, out, "fftn");
 }
-Tensor rfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm) {
+Tensor rfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
   real_only(t, "rfftn");
   const auto shape = shape_of(t, s, dim);
   TORCH_CHECK(!shape.dims.empty(), "rfftn must transform at least one axis");
-  return from_real(resized(t, shape.dims, shape.lengths), shape.dims, norm, true, true);
+  return from_real(resized(t, shape.dims, shape.lengths), shape.dims, norm, true, true, out, "rfftn");
 }
-Tensor irfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm) {
+Tensor irfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
   auto shape = shape_of(t, s, dim);
   const auto last = halve(shape, t, s);
-  return to_real(resized(complex(t), shape.dims, shape.lengths), shape.dims, norm, false, last);
+  return to_real(resized(complex(t), shape.dims, shape.lengths), shape.dims, norm, false, last, out, "irfftn");
 }
-Tensor hfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm) {
+Tensor hfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
   auto shape = shape_of(t, s, dim);
   const auto last = halve(shape, t, s);
   auto x = resized(complex(t), shape.dims, shape.lengths);
   const auto final_dim = shape.dims.back();
   shape.dims.pop_back();
-  if (!shape.dims.empty()) x = to_complex(x, shape.dims, norm, true);
-  return to_real(x, {final_dim}, norm, true, last);
+  if (!shape.dims.empty()) x = to_complex(x, shape.dims, norm, true, {}, "hfftn");
+  return to_real(x, {final_dim}, norm, true, last, out, "hfftn");
 }
-Tensor ihfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm) {
+Tensor ihfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
   real_only(t, "ihfftn");
   auto shape = shape_of(t, s, dim);
   TORCH_CHECK(!shape.dims.empty(), "ihfftn must transform at least one axis");
   const auto x = resized(t, shape.dims, shape.lengths);
   const auto final_dim = shape.dims.back();
   shape.dims.pop_back();
-  const auto last = at::_fft_r2c(x, {final_dim}, scaling(norm, false), true);
-  if (shape.dims.empty()) return last.conj();
-  return to_complex(at::conj_physical(last), shape.dims, norm, false);
+  if (shape.dims.empty()) return from_real(x, {final_dim}, norm, false, true, out, "ihfftn");
+  const auto last = at::conj_physical(at::_fft_r2c(x, {final_dim}, scaling(norm, false), true));
+  return to_complex(last, shape.dims, norm, false, out, "ihfftn");
 }
 
 // ---- registration: half here, everything else to torch's composition
@@ -196,16 +212,14 @@ struct Transform;
 template <auto torchs, auto half, class S, class D>
 struct Transform<torchs, half, Tensor (*)(const Tensor&, S, D, Norm)> {
   static Tensor call(const Tensor& t, S s, D dim, Norm norm) {
-    return is_half(t) ? half(t, s, dim, norm) : torchs(t, s, dim, norm);
+    return is_half(t) ? half(t, s, dim, norm, {}) : torchs(t, s, dim, norm);
   }
 };
 template <auto torchs, auto half, class S, class D, class Out>
 struct Transform<torchs, half, Out& (*)(const Tensor&, S, D, Norm, Out&)> {
   static Out& call(const Tensor& t, S s, D dim, Norm norm, Out& out) {
     if (!is_half(t)) return torchs(t, s, dim, norm, out);
-    const auto result = half(t, s, dim, norm);
-    at::native::resize_output(out, result.sizes());
-    const_cast<Tensor&>(out).copy_(result);
+    half(t, s, dim, norm, out);
     return out;
   }
 };

@@ -4,6 +4,9 @@
 // an address that is gone, so from here on neither can be resized, as torch does for tensors that NumPy has seen.
 #include "csrc/aten/interop.h"
 
+#include <cctype>
+#include <string_view>
+
 #include "csrc/aten/call.h"
 #include "csrc/runtime/last_ops.h"
 
@@ -77,10 +80,57 @@ at::Tensor from_native(const at::Tensor& t, int64_t index) {
   return result;
 }
 
-void name_operator(c10::AcceleratorError& error, const char* op) {
-  error.add_context(c10::str("flagos: the error surfaced in ", op, "; kernels run asynchronously, so one that was ",
-                             "launched earlier may have caused it; ", last_ops_text(),
-                             ". CUDA_LAUNCH_BLOCKING=1 makes it surface at its cause."));
+namespace {
+
+bool in_a_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; }
+
+// "cuda:0", "'cuda'", "torch.cuda.FloatTensor", "CUDAFloatType" are the user's tensors; "torch.cuda.empty_cache()",
+// "cudaMalloc" and "CUDA error" are not.
+std::string in_users_words(const std::string& text) {
+  const auto ends = [&](size_t begin, size_t end, std::string_view with) {
+    return end >= begin + with.size() && std::string_view(text).substr(end - with.size(), with.size()) == with;
+  };
+  const auto end_of_word = [&](size_t at) {
+    while (at < text.size() && in_a_word(text[at])) ++at;
+    return at;
+  };
+  std::string result;
+  for (size_t i = 0; i < text.size();) {
+    const auto name = std::string_view(text).substr(i, 4);
+    const char before = i ? text[i - 1] : ' ';
+    bool ours = false;
+    if ((name == "cuda" || name == "CUDA") && !in_a_word(before) && before != '/') {
+      const auto end = end_of_word(i);
+      const bool member = end + 1 < text.size() && text[end] == '.' && in_a_word(text[end + 1]);
+      if (name == "CUDA") {
+        ours = ends(i + 4, end, "Type");
+      } else if (before == '.') {
+        ours = member && ends(0, i, "torch.") && ends(end + 1, end_of_word(end + 1), "Tensor");
+      } else {
+        ours = end == i + 4 && !member;
+      }
+    }
+    result += ours ? c10::get_privateuse1_backend() : std::string(1, text[i]);
+    i += ours ? 4 : 1;
+  }
+  return result;
+}
+
+}  // namespace
+
+void tell(c10::Error& error, const char* op) {
+  if (auto* of_device = dynamic_cast<c10::AcceleratorError*>(&error)) {
+    of_device->add_context(c10::str("flagos: the error surfaced in ", op, "; kernels run asynchronously, so one that ",
+                                    "was launched earlier may have caused it; ", last_ops_text(),
+                                    ". CUDA_LAUNCH_BLOCKING=1 makes it surface at its cause."));
+    return;
+  }
+  if (native.type != c10::DeviceType::CUDA) return;  // the host chip's kernels say cpu, which may be the user's too
+  auto text = in_users_words(error.msg());
+  if (text == error.msg()) return;
+  c10::Error said(std::move(text), error.backtrace(), error.caller());
+  for (const auto& line : error.context()) said.add_context(line);
+  error = said;  // only this part of it: what is thrown on is still an IndexError, a LinAlgError, ...
 }
 
 }  // namespace flagos

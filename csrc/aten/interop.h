@@ -13,7 +13,8 @@ at::Tensor as_native(const at::Tensor& t);
 // The other way: a flagos tensor of device `index` over the memory of a native one. -1 means the tensor's own index.
 at::Tensor from_native(const at::Tensor& t, int64_t index);
 
-// Adds to an error of the device which operator it surfaced in and how to find the kernel that caused it.
-void name_operator(c10::AcceleratorError& error, const char* op);
+// Puts an error of a native kernel into the user's words: its tensors are on flagos. To an error of the device it adds
+// which operator it surfaced in and how to find the kernel that caused it. The type and the backtrace stay.
+void tell(c10::Error& error, const char* op);
 
 }  // namespace flagos

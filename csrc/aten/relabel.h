@@ -223,15 +223,15 @@ struct Relabel<Op, Inner, R(A...)> {
   static constexpr bool kWrites = kWritesConst || (std::is_same_v<A, at::Tensor&> || ...);
 
   static R call(A... a) {
-    BelowAutograd below;
+    BelowAutograd below(/*count_versions=*/std::is_void_v<R>);
     Call call;
     std::tuple<Arg<A>...> args{Arg<A>(call, a, kWritesConst)...};
     call.enter(Op::name, mixed_devices_allowed<Op>());
     auto run = [&](auto&... arg) -> R {
       try {
         return Inner::call(arg.get(call)...);
-      } catch (c10::AcceleratorError& error) {
-        name_operator(error, Op::name);
+      } catch (c10::Error& error) {
+        tell(error, Op::name);
         throw;
       }
     };

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "null_cuda"
+CONVOLUTION_ENDS = ("Algorithm_v7", "AlgorithmEx", "WorkspaceSize")
 COMPILER = "libnvrtc.so.13"  # torch opens it by its name, and the first one that is loaded is it
 
 
@@ -54,16 +55,27 @@ def build() -> Path:
     if library.exists():
         return library
     folder.mkdir(exist_ok=True)
-    written = {name for file in sources for name in re.findall(r"\b(cublas\w+)\(", file.read_text())}
+    text = "".join(file.read_text() for file in sources)
+    written = set(re.findall(r"\b((?:cublas|cudnn)\w+)\(", text))
+    for macro, kinds in (("DESCRIPTOR", "Create Destroy"), ("CONVOLUTION", "Get Find")):
+        for kind in re.findall(rf"^{macro}\((\w+)\)$", text, re.M):
+            written |= {f"cudnn{what}{kind}Descriptor" for what in kinds.split()}
+            written |= {f"cudnn{what}Convolution{kind}{end}" for what in kinds.split() for end in CONVOLUTION_ENDS}
     torch_libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cuda*.so"))
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", *map(str, torch_libraries)], capture_output=True, text=True, check=True
     )
-    names = set(re.findall(r"\b(cublas[A-Z]\w*)", symbols.stdout)) - written
+    names = {
+        family: set(re.findall(rf"\b({family}[A-Z]\w*)", symbols.stdout)) - written for family in ("cublas", "cudnn")
+    }
+    major, minor, patch = torch._C._cudnn.getCompileVersion()
     # Written under names of our own and renamed at the end: tests of several processes may build it at once.
     own = f"{os.getpid()}.tmp"
-    (folder / f"names.{own}").write_text("".join(f"CALL({name})\n" for name in sorted(names)))
-    common = ["c++", "-std=c++17", "-O2", "-g", "-fPIC", "-shared", f'-DCUBLAS_NAMES="{folder}/names.{own}"']
+    common = ["c++", "-std=c++17", "-O2", "-g", "-fPIC", "-shared"]
+    common.append(f"-DCUDNN_VERSION={major * 10000 + minor * 100 + patch}")
+    for family in names:
+        (folder / f"{family}.{own}").write_text("".join(f"CALL({name})\n" for name in sorted(names[family])))
+        common.append(f'-D{family.upper()}_NAMES="{folder}/{family}.{own}"')
     for include in cuda_includes().split("|"):
         common += ["-isystem", include]
     compiler = [file for file in sources if file.stem == "compiler"]
@@ -85,6 +97,7 @@ def environment(devices: int = 1, **settings) -> dict[str, str]:
         "LD_LIBRARY_PATH": path,
         "FLAGOS_ACCELERATOR": "cuda",
         "NULL_CUDA_DEVICES": str(devices),
+        "TORCH_CUDNN_V8_API_DISABLED": "1",  # tests/null_cuda/dnn.cc
     }
 
 

@@ -190,3 +190,28 @@ def test_numpy_path(device):
     assert torch.as_tensor(array, device=device).is_flagos
     with pytest.raises(TypeError, match=r"flagos.*cpu"):
         numpy.asarray(x)
+
+
+LAZY = {"plain": lambda t: t, "conj": torch.conj, "neg": torch._neg_view, "both": lambda t: torch._neg_view(t.conj())}
+
+
+@pytest.mark.parametrize("way", ["to host", "to host, pinned", "to device", "to device, pinned", "on device"])
+@pytest.mark.parametrize("how", ["", "strided", "other dtype"])
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_every_pair_of_lazy_bits(device, way, how, non_blocking):
+    """The bits of either side, of both and of none, whatever else the copy has to do."""
+    target, source = torch.randn(4, 3, dtype=torch.complex64), torch.randn(4, 3, dtype=torch.complex64)
+    if how == "strided":
+        source = source.t().contiguous().t()
+    elif how == "other dtype":
+        source = source.to(torch.complex128)
+    for to, of in itertools.product(LAZY.values(), LAZY.values()):
+        expected = to(target.clone()).copy_(of(source))
+        a = target.clone() if "to host" in way else target.to(device)
+        b = source.clone() if "to device" in way else source.to(device)
+        if "pinned" in way:
+            a, b = (t.pin_memory() if t.is_cpu else t for t in (a, b))
+        result = to(a).copy_(of(b), non_blocking)
+        torch.flagos.synchronize()
+        assert (result.is_conj(), result.is_neg()) == (expected.is_conj(), expected.is_neg())
+        assert torch.equal(result.cpu().resolve_conj().resolve_neg(), expected.resolve_conj().resolve_neg())

@@ -16,6 +16,7 @@ from torch_fl.flagos import _absent
 f = torch_fl.flagos
 accelerator = torch.accelerator
 MIB = 1 << 20
+TWICE = "template <typename T> T twice(T x) { return x + x; }"
 TABLE = [row for row in device_api_doc.rows() if row.ours]
 
 
@@ -338,6 +339,7 @@ EXERCISES = {
     # the vendor's monitoring and debugging
     "clock_rate": only_cuda(lambda: f.clock_rate()),
     "get_sync_debug_mode": sync_debug,
+    "jiterator": only_cuda(lambda: f.jiterator._create_jit_fn(TWICE)(torch.ones(2, device="flagos"))),
     "list_gpu_processes": only_cuda(lambda: f.list_gpu_processes()),
     "memory_usage": only_cuda(lambda: f.memory_usage()),
     "power_draw": only_cuda(lambda: f.power_draw()),

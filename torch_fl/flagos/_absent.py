@@ -38,7 +38,6 @@ FOREIGN: dict[str, str] = {
     "current_blas_handle": _CUDA,
     "get_gencode_flags": _TORCH,
     "has_magma": _TORCH,
-    "jiterator": _CUDA,
     "max_memory_cached": "deprecated in torch: use max_memory_reserved",
     "memory_cached": "deprecated in torch: use memory_reserved",
     "nccl": "collectives are torch.distributed with the backend of torch_fl.distributed",

@@ -123,7 +123,7 @@ def work(options) -> None:
     warnings.simplefilter("ignore")
     observed = run_mode
     if null_cuda.active():
-        torch.backends.cudnn.enabled = False  # it asks the driver for more than the null CUDA has
+        torch.backends.cuda.enable_cudnn_sdp(False)  # needs cuDNN's graphs, which the null CUDA has not
 
         def observed(*arguments):
             log, tensors = null_cuda.launches(lambda: run_mode(*arguments))

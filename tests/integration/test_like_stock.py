@@ -1,0 +1,64 @@
+"""flagos on a chip that is CUDA does what cuda does, case by case: launches, results, versions, errors.
+
+On the null CUDA, so without a GPU: tests/common/stock_checks.py runs once as cuda and once as flagos.
+"""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.common import null_cuda
+from tests.common.process import check_python
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = ROOT / "tests/common/stock_checks.py"
+
+# What flagos does otherwise, and why.
+BETTER = {
+    r"ctc_loss mean cpu \w+ torch.int32 3": "torch divides by lengths on the CPU there, and fails",
+}
+
+
+def run(device):
+    environment = null_cuda.environment() | {"PYTHONPATH": str(ROOT)}
+    if device == "cuda":
+        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    code = f"import runpy, sys; sys.argv[1:] = [{device!r}]; runpy.run_path({str(CHECKS)!r}, run_name='__main__')"
+    return json.loads(check_python(code, timeout=600, **environment).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+    why = null_cuda.missing()
+    if why:
+        pytest.skip(f"no null CUDA: {why}")
+    null_cuda.build()
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(("cuda", "flagos"), pool.map(run, ("cuda", "flagos")), strict=True))
+
+
+def in_flagos_words(text):
+    text = re.sub(r"\bcuda\b(?!\.(?!\w*Tensor))", "flagos", text)
+    return re.sub(r"\bCUDA(?=\w+Type)", "flagos", text)
+
+
+def groups():
+    return re.findall(r"^@case\(.*?^def (\w+)\(", CHECKS.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("group", groups())
+def test_like_cuda(group, found):
+    stock, ours = found["cuda"], found["flagos"]
+    names = [name for name in stock if name.split(" ")[0] == group]
+    assert names
+    differences = []
+    for name in names:
+        expected = stock[name]
+        if "error" in expected:
+            expected = expected | {"error": [expected["error"][0], in_flagos_words(expected["error"][1])]}
+        if ours[name] != expected and not any(re.fullmatch(pattern, name) for pattern in BETTER):
+            differences.append(f"{name}\n  cuda   {expected}\n  flagos {ours[name]}")
+    assert not differences, f"{len(differences)} of {len(names)}\n" + "\n".join(differences[:5])
