@@ -164,7 +164,7 @@ def _load(op: str):
     if _functions is None:
         try:
             module = interpreter.load() if _interpreted else importlib.import_module("flag_gems")
-            _functions = {row[0]: row[1] for row in module._FULL_CONFIG}
+            _functions = {flaggems.RENAMED.get(row[0], row[0]): row[1] for row in module._FULL_CONFIG}
         except Exception as error:
             text = str(error).strip().splitlines()
             reason = f"FlagGems cannot be imported: {type(error).__name__}: {text[0] if text else ''}"
