@@ -12,10 +12,10 @@ when a replay is unequal. --work is the judge's folder: what has been compiled a
 import argparse
 import collections
 import datetime
+import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,23 +27,36 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks import common  # noqa: E402
 from tests.common import judge_cases, null_cuda, workers  # noqa: E402
 from tests.common.compare import first_lines  # noqa: E402
-from tests.common.devices import versions  # noqa: E402
 from tests.common.samples import copy_tree  # noqa: E402
 
 DTYPES = ("float32", "float16", "int64", "bool")
 BACKEND = "flagos_python"
 
 
-def chosen(cases, most: int):
-    """At most so many cases: of each kind one, then of each kind another one."""
+def in_turn(cases):
+    """(kind, case): of each kind one, then of each kind another one; what is written by hand last."""
     kinds = collections.defaultdict(list)
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.label.startswith("by hand")):
         word = case.label.split()[-1]
-        kinds["as it is" if word.isdigit() else word].append(case)
-    rounds = [[(kind, rows[i]) for kind, rows in kinds.items() if i < len(rows)] for i in range(most)]
-    return [row for one in rounds for row in one][:most]
+        kind = "as it is" if word.isdigit() else word
+        kinds[kind].append((kind, case))
+    for row in itertools.zip_longest(*kinds.values()):
+        yield from filter(None, row)
+
+
+def on_cpu(op: str, nest) -> bool:
+    """Whether the CPU takes the call: what it refuses may be an illegal access elsewhere."""
+    try:
+        with torch.no_grad():
+            judge_cases.overload(op)(*copy_tree(nest[0], "cpu"), **copy_tree(nest[1], "cpu"))
+    except NotImplementedError:
+        pass
+    except Exception:
+        return False
+    return True
 
 
 def work(options) -> None:
@@ -66,15 +79,14 @@ def work(options) -> None:
             judge_run.limit_tuning(1)  # nothing is measured here, and each configuration has to be compiled
         op, rows = task["op"], []
         end = time.monotonic() + options.op_budget
-        for kind, case in chosen(judge_cases.cases(op, index, DTYPES, 60), options.calls):
-            if time.monotonic() > end:
+        for kind, case in in_turn(judge_cases.cases(op, index, DTYPES, 60)):
+            if time.monotonic() > end or len(rows) == options.calls:
                 break
-            if case.label in task["skip"]:
+            nest = case.nest()
+            if case.label in task["skip"] or not on_cpu(op, nest):
                 continue
             channel.at(case.label)
             try:
-                nest = case.nest()
-                judge_run._call(op, copy_tree(nest, "cpu"))  # what the CPU refuses may be an illegal access elsewhere
                 first, second = copy_tree(nest, "flagos"), copy_tree(nest, "flagos")
                 with torch.no_grad(), torch_fl.route({op: BACKEND}):
                     verdict, why = judge(op, judge_cases.overload(op), first, second, not null_cuda.active())
@@ -185,9 +197,9 @@ def main() -> int:
     if options.worker:
         work(options)
         return 0
-    if not null_cuda.active() and not torch.cuda.is_available():
-        environment = os.environ | null_cuda.environment() | {"FLAGGEMS_DB_URL": "sqlite://"}
-        return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
+    code = null_cuda.run_again()
+    if code is not None:
+        return code
     result = sweep(options)
     print({key: value for key, value in result.items() if key != "by operator"})
     if options.json:
@@ -197,7 +209,7 @@ def main() -> int:
         head = {
             "what": "launches compared; no GPU: the null CUDA" if null else "bytes of results and arguments compared"
         }
-        head |= {"versions": versions("flagos"), "flag_gems": torch_fl.integration.installed_version()}
+        head |= {"versions": common.where("flagos"), "flag_gems": torch_fl.integration.installed_version()}
         head |= {"date": datetime.date.today().isoformat()}
         options.json.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
     return bool(result["unequal"]) or not result["replays compared"]
