@@ -7,9 +7,15 @@
 # tests dispatch qwen3 threads memory opdb hal; without any, all of them in that order. STAGE_LIMIT (seconds, default
 # 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next one.
 # QWEN3_ARGUMENTS and OPDB_ARGUMENTS are passed on, for example QWEN3_ARGUMENTS="--parts decode --rounds 4".
+#
+# With FlagGems on PYTHONPATH, and only when they are named: judge plans plan_time flaggems_opdb, best in that order and
+# in one call: the judge's verdicts make the conf file that flaggems_opdb runs with, and its compiled kernels serve the
+# others. JUDGE_ARGUMENTS, PLANS_ARGUMENTS, FLAGGEMS_OPDB_ARGUMENTS are passed on. On 16 cores, in 540 s:
+#     SUITE_LIMIT=540 JUDGE_ARGUMENTS="--budget 260" PLANS_ARGUMENTS="--seconds 110" \
+#       FLAGGEMS_OPDB_ARGUMENTS="--limit 110" scripts/gpu_suite.sh OUTDIR judge plans plan_time flaggems_opdb
 set -u
 if [ $# -lt 1 ]; then
-  sed -n '2,9p' "$0"
+  sed -n '2,16p' "$0"
   exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -67,6 +73,8 @@ stage() { # name command...
 
 # What a benchmark may take: a little less than its stage, so that it ends by itself.
 inner=$((limit - limit / 8))
+work=${TMPDIR:-/tmp}/torch_fl_judge # outcomes and compiled kernels, kept from one call to the next
+export FLAGGEMS_CACHE_DIR=${FLAGGEMS_CACHE_DIR:-$work/cache}
 for name in "${stages[@]}"; do
   case $name in
   smoke)
@@ -102,6 +110,23 @@ for name in "${stages[@]}"; do
     ;;
   hal)
     stage hal "$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
+    ;;
+  judge)
+    # The verdicts and the conf file that they make go into the tree, where the later stages find them, and to OUTDIR.
+    stage judge bash -c "'$python' scripts/judge_flaggems.py --work '$work' --budget $inner ${JUDGE_ARGUMENTS:-}
+      code=\$?; '$python' scripts/flaggems_conf.py
+      cp torch_fl/flaggems/verdicts_*.json torch_fl/backends_flagos_py.conf '$out'; exit \$code"
+    ;;
+  plans)
+    stage plans "$python" benchmarks/plan_sweep.py --work "$work" --seconds $inner --json "$out/plans_$chip.json" \
+      ${PLANS_ARGUMENTS:-}
+    ;;
+  plan_time)
+    stage plan_time "$python" benchmarks/plans.py --json "$out/plans_time_$chip.json"
+    ;;
+  flaggems_opdb)
+    stage flaggems_opdb "$python" tests/integration/ops/against_native.py --limit $inner \
+      --json "$out/opdb_flagos_py.json" ${FLAGGEMS_OPDB_ARGUMENTS:-}
     ;;
   *)
     verdict[$name]="no such stage"

@@ -33,10 +33,10 @@ def neg(x):
 
 
 def exp2(x):
-    """Dies of half precision, and never ends with double precision."""
-    if x.dtype is torch.float16:
+    """Of a tensor without dimensions it dies in half precision, and never ends in double precision."""
+    if x.dim() == 0 and x.dtype is torch.float16:
         os.abort()
-    if x.dtype is torch.float64:
+    if x.dim() == 0 and x.dtype is torch.float64:
         time.sleep(3600)
     return torch.exp2(x)
 
