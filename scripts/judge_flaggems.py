@@ -105,9 +105,10 @@ def work(options) -> None:
                 note = f"{options.op_budget:.0f} s were over after {number} of {len(cases)} cases"
                 break
             nest = case.nest()
-            channel.at(case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            where = (case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            channel.at(*where, False)
             try:
-                outcome = judge_run.judge(task["op"], case, interpreted)
+                outcome = judge_run.judge(task["op"], case, interpreted, lambda where=where: channel.at(*where, True))
             except torch.AcceleratorError as error:  # the device is lost to this process
                 print(judge_run.first_lines(error), file=sys.stderr, flush=True)
                 os._exit(3)
@@ -197,12 +198,14 @@ class Run:
             print(f"{len(self.results):4} {row['op']:36} {short(self.entry(row['op']))}", flush=True)
 
     def crash(self, crash):
-        """A case that killed its process is a failed one; the others are tried again without it."""
-        label, call, facts = crash.at if crash.at and len(crash.at) == 3 else ("start", "", {})
+        """A case whose kernel killed its process is a failed one; the others are tried again without it. When it was
+        the CPU's or the native kernel, the case says nothing."""
+        label, call, facts, kernel = crash.at if crash.at and len(crash.at) == 4 else ("start", "", {}, False)
         task = crash.task
         tail = next((line for line in reversed(crash.tail) if line.strip()), "")
         outcome = judge_limits.Outcome(label, "failed", message=f"{crash.how}: {tail}"[:300], call=call, **facts)
-        self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
+        if kernel:
+            self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
         if label == "start" or len(task["skip"]) >= 5 or time.monotonic() > self.end:
             note = f"its process ended {len(task['skip']) + 1} times, the last one: {outcome.message}"
             self.done(task, {"op": task["op"], "outcomes": [], "note": note})

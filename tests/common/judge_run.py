@@ -200,8 +200,9 @@ def facts_of(nest) -> dict:
     return features(tensors_in(nest), dtypes)
 
 
-def judge(op: str, case, interpreted: bool) -> Outcome | None:
-    """What came of a case; None when the CPU or the native kernel refuses it, so that it says nothing."""
+def judge(op: str, case, interpreted: bool, at_kernel=lambda: None) -> Outcome | None:
+    """What came of a case; None when the CPU or the native kernel refuses it, so that it says nothing. at_kernel() is
+    called when they are through."""
     import torch_fl
 
     nest = case.nest()
@@ -216,6 +217,7 @@ def judge(op: str, case, interpreted: bool) -> Outcome | None:
         arguments_native = copy_tree(nest, "flagos")
         expected = _call(op, arguments_native)
         arguments = copy_tree(nest, "flagos")
+        torch.flagos.synchronize()
     except torch.AcceleratorError:
         raise
     except Exception:
@@ -224,6 +226,7 @@ def judge(op: str, case, interpreted: bool) -> Outcome | None:
     def outcome(state, message=""):
         return Outcome(case.label, state, message=message[:300], call=words(op, nest), **facts)
 
+    at_kernel()
     try:
         with torch_fl.route({op: BACKEND}):
             actual = _call(op, arguments)

@@ -168,6 +168,11 @@ def test_features():
         assert set(flags) <= set(FLAGS)
 
 
+def test_the_document_names_every_limit():
+    text = (flaggems.FOLDER.parents[1] / "docs/flaggems.md").read_text()
+    assert [name for name in (*FLAGS, "dtypes", "max_numel") if f"`{name}`" not in text] == []
+
+
 def test_differences():
     old = {"flaggems": "5.0.2", "chip": "cuda", "arch": "sm90", "ops": {"a": {"verdict": "right"}, "b": {}}}
     new = {**old, "ops": {"a": {"verdict": "wrong", "why": "values differ"}, "b": {}}}
