@@ -71,7 +71,7 @@ def work(options) -> None:
             continue
         import torch_fl
         from tests.common import judge_run
-        from tests.common.plan_judge import judge
+        from tests.common.plan_judge import judge, judge_numbers, scaled
 
         if index is None:
             index = judge_cases.load_index(options.work)
@@ -80,7 +80,7 @@ def work(options) -> None:
         op, rows = task["op"], []
         end = time.monotonic() + options.op_budget
         for kind, case in in_turn(judge_cases.cases(op, index, DTYPES, 60)):
-            if time.monotonic() > end or len(rows) == options.calls:
+            if time.monotonic() > end or len(rows) >= options.calls:
                 break
             nest = case.nest()
             if case.label in task["skip"] or not on_cpu(op, nest):
@@ -90,6 +90,9 @@ def work(options) -> None:
                 first, second = copy_tree(nest, "flagos"), copy_tree(nest, "flagos")
                 with torch.no_grad(), torch_fl.route({op: BACKEND}):
                     verdict, why = judge(op, judge_cases.overload(op), first, second, not null_cuda.active())
+                    if kind == "as it is" and scaled(nest, 1):
+                        row = judge_numbers(op, judge_cases.overload(op), nest, not null_cuda.active())
+                        rows.append([row[0], row[1][:400], "other numbers", case.label])
             except torch.AcceleratorError as error:  # the device is lost to this process
                 print(first_lines(error), file=sys.stderr, flush=True)
                 os._exit(3)

@@ -7,6 +7,7 @@ last use, and a call that is recorded keeps all of it; so two addresses of the c
 the one is not used any more when the other one begins to be.
 """
 
+import math
 import re
 
 import torch
@@ -94,6 +95,62 @@ def judge(op: str, function, first, second, values: bool = False) -> tuple[str, 
     if not counts_of(op)["plans"]:
         return "unused", "its Python kernel is not called, or never recorded"
     return (judge_values if values else judge_launches)(op, function, second)
+
+
+RECORD, REPLAY = (1.03, 1.04, 1.05), (1.07, 1.11)  # what numbers are multiplied with
+
+
+def scaled(nest, factor: float):
+    """The call with its floating-point arguments multiplied; None when it has none."""
+    args, kwargs = nest
+    change = [isinstance(a, float) and math.isfinite(a) and a != 0 for a in (*args, *kwargs.values())]
+    if not any(change):
+        return None
+
+    def times(a):
+        return a * factor if isinstance(a, float) and math.isfinite(a) else a
+
+    return tuple(map(times, args)), {k: times(v) for k, v in kwargs.items()}
+
+
+def judge_numbers(op: str, function, nest, values: bool = False) -> tuple[str, str]:
+    """As judge(), for a plan that is made with some values of the call's numbers and replayed with others."""
+    if scaled(nest, 1) is None:
+        return "unused", "no number"
+
+    def arguments(factor):
+        return copy_tree(scaled(nest, factor), "flagos")
+
+    torch_fl.plans.clear()
+    for factor in RECORD:
+        call(function, arguments(factor))
+    if counts_of(op)["refused"]:
+        return "refused", next(iter(counts_of(op)["refused"]))
+    for number, factor in enumerate(REPLAY):
+        mine, others = arguments(factor), [arguments(factor) for _ in range(2)]
+        if values:
+            replayed = after_effects(call(function, mine), mine)
+        else:
+            replayed, result = null_cuda.launches(lambda mine=mine: call(function, mine), addresses=True)
+            replayed = readable(replayed, mine, result)[0]
+        if counts_of(op).get("patched", 0) != number + 1:
+            return "unused", f"one plan per value: {next(iter(counts_of(op).get('apart', {})), 'another class')}"
+        torch_fl.plans.use(False)
+        try:
+            if values:
+                expected, again = (after_effects(call(function, other), other) for other in others)
+                why = difference(replayed, expected)
+                if why and difference(again, expected):
+                    return "varies", "two Python calls differ, too"
+            else:
+                expected, result = null_cuda.launches(lambda other=others[0]: call(function, other), addresses=True)
+                expected = readable(expected, others[0], result)[0]
+                why = "" if replayed == expected else "\n".join([*replayed, "expected", *expected])
+        finally:
+            torch_fl.plans.use(True)
+        if why:
+            return "unequal", why
+    return "equal", ""
 
 
 def judge_launches(op, function, second) -> tuple[str, str]:

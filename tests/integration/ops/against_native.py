@@ -211,12 +211,14 @@ def main(argv=None) -> int:
             for dtype in against_stock.dtypes_of(op, options.native, options.dtypes):
                 row = {"op": name, "dtype": str(dtype).split(".")[1], "modes": options.modes.split(","), "skip": []}
                 tasks.append(row)
-    # In an order that has nothing to do with names: what a time limit cuts off is then a fair sample.
-    tasks.sort(key=lambda task: zlib.crc32(f"{task['op']}{task['dtype']}".encode()))
+    # Dtypes in the order given; within one an order that has nothing to do with names, so that what a time limit cuts
+    # off is a fair sample.
+    rank = {dtype: i for i, dtype in enumerate(options.dtypes.split(","))}
+    tasks.sort(key=lambda task: (rank.get(task["dtype"], 0), zlib.crc32(f"{task['op']}{task['dtype']}".encode())))
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         options.work = Path(folder)
-        native, _ = side(options, "native", tasks, {"FLAGOS_DISABLE_FLAGGEMS_PY": "1"}, start + options.limit / 4)
+        native, _ = side(options, "native", tasks, {"FLAGOS_DISABLE_FLAGGEMS_PY": "1"}, start + options.limit / 3)
         known = [task for task in tasks if f"{task['op']} {task['dtype']}" in native]
         conf = {"FLAGOS_BACKEND_CONFIG": str(options.conf.resolve()), "FLAGOS_DISABLE_FLAGGEMS_PY": None}
         answers, served = side(options, "conf", known, conf, start + options.limit)
