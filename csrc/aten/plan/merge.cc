@@ -11,9 +11,7 @@ namespace {
 
 using Number = PlanLaunch::Number;
 
-size_t size_of(Number::Encoding encoding) {
-  return encoding == Number::kInt32 || encoding == Number::kFloat ? 4 : 8;
-}
+size_t size_of(Number::Encoding encoding) { return encoding == Number::kInt32 || encoding == Number::kFloat ? 4 : 8; }
 
 bool same(const Place& a, const Place& b) { return a.slot == b.slot && a.offset == b.offset; }
 
@@ -50,7 +48,8 @@ bool same_value(const c10::IValue& a, const c10::IValue& b) {
     const auto &x = a.toTensor(), &y = b.toTensor();
     if (!x.defined() || !y.defined()) return x.defined() == y.defined();
     return x.device().is_cpu() && y.device().is_cpu() && x.scalar_type() == y.scalar_type() && x.sizes() == y.sizes() &&
-           x.is_contiguous() && y.is_contiguous() && std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+           x.is_contiguous() && y.is_contiguous() &&
+           std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
   }
   if (a.isList()) {
     const auto x = a.toListRef(), y = b.toListRef();
@@ -79,8 +78,8 @@ class Merge {
     auto merged = std::make_shared<PlanLaunch>(a);
     for (size_t i = 0; i < a.offsets.size(); ++i) {
       const size_t begin = a.offsets[i], end = i + 1 < a.offsets.size() ? a.offsets[i + 1] : bytes;
-      const bool address = std::any_of(a.patches.begin(), a.patches.end(),
-                                       [&](const auto& patch) { return patch.offset == begin; });
+      const bool address =
+          std::any_of(a.patches.begin(), a.patches.end(), [&](const auto& patch) { return patch.offset == begin; });
       if (address || std::memcmp(block(a) + begin, block(b) + begin, end - begin) == 0) continue;
       const auto number = followed(a, b, begin, end);
       if (!number) return nullptr;
@@ -106,7 +105,8 @@ class Merge {
         char expected_a[8], expected_b[8];
         put_number(expected_a, number, a_);
         put_number(expected_b, number, b_);
-        if (std::memcmp(block(a) + begin, expected_a, size) != 0 || std::memcmp(block(b) + begin, expected_b, size) != 0 ||
+        if (std::memcmp(block(a) + begin, expected_a, size) != 0 ||
+            std::memcmp(block(b) + begin, expected_b, size) != 0 ||
             std::memcmp(block(a) + begin + size, block(b) + begin + size, end - begin - size) != 0) {
           continue;
         }

@@ -24,8 +24,8 @@ PlanTable::Found PlanTable::look_up(const PlanKey& key) {
       return {nullptr, true};
     }
   }
-  if (const auto* family = family_of(key, false); family && family->plan && (found == entries_.end() ||
-                                                                             found->second.state != Entry::kRefused)) {
+  if (const auto* family = family_of(key, false);
+      family && family->plan && (found == entries_.end() || found->second.state != Entry::kRefused)) {
     bool same = true;  // in what the plan does not put in
     for (size_t i = 0; i < key.scalars.size(); ++i) {
       const auto word = key.scalars[i].word;
