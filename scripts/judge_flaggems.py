@@ -202,7 +202,8 @@ class Run:
         the CPU's or the native kernel, the case says nothing."""
         label, call, facts, kernel = crash.at if crash.at and len(crash.at) == 4 else ("start", "", {}, False)
         task = crash.task
-        tail = next((line for line in reversed(crash.tail) if line.strip()), "")
+        # What the process said last, warnings of torch's aside.
+        tail = next((line for line in reversed(crash.tail) if line.strip() and not re.match(r"\[?W\d", line)), "")
         outcome = judge_limits.Outcome(label, "failed", message=f"{crash.how}: {tail}"[:300], call=call, **facts)
         if kernel:
             self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
