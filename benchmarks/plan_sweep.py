@@ -1,17 +1,23 @@
-"""Which FlagGems operators can have a launch plan, and whether their replays launch what the Python calls launch.
+"""Which FlagGems operators can have a launch plan, and whether a replay does what the Python call does.
 
-Runs on the null CUDA of the tests, so it needs no GPU: launches are compared, results are not. Arguments are those with
-which PyTorch's own operator samples call an operator, in several layouts.
+    python benchmarks/plan_sweep.py --json benchmarks/results/plans_cuda.json         # a GPU: bytes are compared
+    python benchmarks/plan_sweep.py --json benchmarks/results/plans_null_cuda.json    # no GPU: launches are compared
 
-    python benchmarks/plan_sweep.py --json FILE
+Without a GPU it runs on the null CUDA of the tests. Arguments are those with which PyTorch's own operator samples call
+an operator, in several dtypes and layouts: shifted, strided, transposed, expanded, of size zero, the same tensor twice,
+two dtypes (tests/common/judge_cases.py). Plans are made with one set of tensors and replayed with another. Exit code 1
+when a replay is unequal. --work is the judge's folder: what has been compiled and listed there is not done again.
 """
 
 import argparse
 import collections
+import datetime
+import itertools
 import json
 import os
-import subprocess
+import re
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -20,180 +26,196 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-DTYPES = (torch.float32, torch.int64, torch.bool)
+from benchmarks import common  # noqa: E402
+from tests.common import judge_cases, null_cuda, workers  # noqa: E402
+from tests.common.compare import first_lines  # noqa: E402
+from tests.common.samples import copy_tree  # noqa: E402
 
-
-def plain_name(function) -> str:
-    name = str(function._schema.name).removeprefix("aten::")
-    return name + ("." + function._schema.overload_name if function._schema.overload_name else "")
-
-
-class Collect(TorchDispatchMode):
-    """Keeps the first calls, of different signatures, of each wanted operator."""
-
-    def __init__(self, wanted, most):
-        super().__init__()
-        self.wanted, self.most = wanted, most
-        self.calls = collections.defaultdict(dict)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = plain_name(function)
-        if name in self.wanted:
-            calls = self.calls[name]
-            text = torch.utils._pytree.tree_map_only(
-                torch.Tensor, lambda t: (t.dtype, t.shape, t.stride()), (args, kwargs)
-            )
-            if len(calls) < self.most and str(text) not in calls:
-                keep = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
-                calls[str(text)] = (function, *keep)
-        return function(*args, **kwargs)
+DTYPES = ("float32", "float16", "int64", "bool")
+BACKEND = "flagos_python"
 
 
-def samples(opinfo, dtype):
-    differentiable = dtype.is_floating_point and opinfo.supports_autograd
-    for sample in list(opinfo.sample_inputs("cpu", dtype, requires_grad=differentiable))[:12]:
-        yield sample, differentiable
+def in_turn(cases):
+    """(kind, case): of each kind one, then of each kind another one; what is written by hand last."""
+    kinds = collections.defaultdict(list)
+    for case in sorted(cases, key=lambda case: case.label.startswith("by hand")):
+        word = case.label.split()[-1]
+        kind = "as it is" if word.isdigit() else word
+        kinds[kind].append((kind, case))
+    for row in itertools.zip_longest(*kinds.values()):
+        yield from filter(None, row)
 
 
-def collect(wanted, most) -> dict:
-    mode = Collect(wanted, most)
-    for opinfo in op_db:
-        for dtype in DTYPES:
-            if dtype not in opinfo.dtypes:
+def on_cpu(op: str, nest) -> bool:
+    """Whether the CPU takes the call: what it refuses may be an illegal access elsewhere."""
+    try:
+        with torch.no_grad():
+            judge_cases.overload(op)(*copy_tree(nest[0], "cpu"), **copy_tree(nest[1], "cpu"))
+    except NotImplementedError:
+        pass
+    except Exception:
+        return False
+    return True
+
+
+def work(options) -> None:
+    channel = workers.Channel()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    index = None
+    for task in channel.tasks():
+        channel.at("start")
+        if "opinfo" in task:
+            channel.done({"reached": judge_cases.reached_by(task["opinfo"])})
+            continue
+        import torch_fl
+        from tests.common import judge_run
+        from tests.common.plan_judge import judge, judge_numbers, scaled
+
+        if index is None:
+            index = judge_cases.load_index(options.work)
+            torch.ones(1, device="flagos")
+            judge_run.limit_tuning(1)  # nothing is measured here, and each configuration has to be compiled
+        op, rows = task["op"], []
+        end = time.monotonic() + options.op_budget
+        for kind, case in in_turn(judge_cases.cases(op, index, DTYPES, 60)):
+            if time.monotonic() > end or len(rows) >= options.calls:
+                break
+            nest = case.nest()
+            if case.label in task["skip"] or not on_cpu(op, nest):
                 continue
+            channel.at(case.label)
             try:
-                for sample, differentiable in samples(opinfo, dtype):
-                    arguments = (sample.input, *sample.args)
-                    with mode:
-                        result = opinfo.op(*arguments, **sample.kwargs)
-                        if differentiable and isinstance(result, torch.Tensor) and result.requires_grad:
-                            result.sum().backward()
-                    if opinfo.inplace_variant and isinstance(sample.input, torch.Tensor):
-                        with mode, torch.no_grad():
-                            opinfo.inplace_variant(sample.input.detach().clone(), *sample.args, **sample.kwargs)
-                    if opinfo.supports_out and isinstance(result, torch.Tensor):
-                        with mode, torch.no_grad():
-                            opinfo.op(*arguments, **sample.kwargs, out=torch.empty_like(result))
-            except Exception:  # a sample that this torch cannot run on the CPU
-                continue
-    return mode.calls
+                first, second = copy_tree(nest, "flagos"), copy_tree(nest, "flagos")
+                with torch.no_grad(), torch_fl.route({op: BACKEND}):
+                    verdict, why = judge(op, judge_cases.overload(op), first, second, not null_cuda.active())
+                    if kind == "as it is" and scaled(nest, 1):
+                        row = judge_numbers(op, judge_cases.overload(op), nest, not null_cuda.active())
+                        rows.append([row[0], row[1][:400], "other numbers", case.label])
+            except torch.AcceleratorError as error:  # the device is lost to this process
+                print(first_lines(error), file=sys.stderr, flush=True)
+                os._exit(3)
+            except Exception as error:
+                verdict, why = "raises", f"{type(error).__name__}: {first_lines(error, 120)}"
+            rows.append([verdict, why[:400], kind, case.label])
+        channel.done({"rows": rows})
 
 
-LAYOUTS = ("as it is", "shifted", "transposed", "equal")
+def wanted_operators() -> tuple[list[str], int]:
+    """(operators that a route can send to FlagGems, how many others there are)"""
+    import torch_fl
 
-
-def place(call, layout):
-    """The arguments on flagos, in memory of their own; None when the layout changes nothing."""
-    moved, last, changed = {}, {}, layout == "as it is"
-
-    def move(t):
-        nonlocal changed
-        if t.dim() == 0 and t.device.type == "cpu" and t._is_zerotensor():
-            return t
-        if id(t) in moved:
-            return moved[id(t)]
-        if layout == "equal" and (t.dtype, t.shape) in last and t.numel():
-            changed = True
-            return last[t.dtype, t.shape]
-        offset = 1 if layout == "shifted" and t.numel() else 0
-        strides = t.stride()
-        if layout == "transposed" and t.dim() >= 2 and t.is_contiguous() and t.numel():
-            strides = t.mT.contiguous().mT.stride()
-        changed |= offset > 0 or strides != t.stride()
-        room = offset + 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True)) if t.numel() else 0
-        base = torch.empty(room, dtype=t.dtype, device="flagos")
-        made = base.as_strided(t.shape, strides, offset) if t.numel() else torch.empty_like(t, device="flagos")
-        made.copy_(t)
-        moved[id(t)] = last[t.dtype, t.shape] = made
-        return made
-
-    arguments = torch.utils._pytree.tree_map_only(torch.Tensor, move, call[1:])
-    arguments = torch.utils._pytree.tree_map_only(torch.device, lambda d: torch.device("flagos", 0), arguments)
-    return arguments if changed else None
+    routed = {row.op for row in torch_fl.routes()}
+    kernels = torch_fl.integration.kernels()
+    wanted = sorted(op for op, row in kernels.items() if op in routed and row[0] != "unusable")
+    return wanted, len(kernels) - len(wanted)
 
 
 def sweep(options) -> dict:
-    import torch_fl
-    from tests.common.plan_judge import judge
+    wanted, others = wanted_operators()
+    wanted = [op for op in wanted if re.search(options.ops, op)]
+    started = time.monotonic()
+    end = started + options.seconds
+    command = [sys.executable, __file__, "--worker", "--work", options.work, "--calls", options.calls]
+    command += ["--op-budget", options.op_budget]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", FLAGOS_PLAN="1", FLAGOS_PLAN_VERIFY="0")
+    environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
+    options.work.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list] = {}
 
-    warnings.simplefilter("ignore")
-    torch.ones(1, device="flagos")
-    routed = {row.op for row in torch_fl.routes()}
-    kernels = torch_fl.integration.kernels()
-    wanted = {op for op, row in kernels.items() if op in routed and row[0] != "unusable"}
-    calls = collect(wanted, options.calls)
-    # One configuration instead of dozens: nothing is measured here, and each has to be compiled.
-    from triton.runtime.autotuner import Autotuner
+    def feed(tasks, on_result, on_crash):
+        workers.run_tasks(
+            list(map(str, command)), tasks, on_result, on_crash, options.jobs, options.timeout, environment, end
+        )
 
-    Autotuner.prune_configs = lambda self, keywords: self.configs[:1]
-    started = time.time()
-    table, verdicts, unequal = {}, collections.Counter(), []
-    reasons = collections.Counter()
-    for op in sorted(wanted):
-        if options.only and op not in options.only:
-            continue
-        rows = collections.Counter()
-        for call in calls.get(op, {}).values():
-            for layout in LAYOUTS:
-                if time.time() - started > options.seconds:
-                    break
-                try:
-                    first, second = place(call, layout), place(call, layout)
-                    if first is None:
-                        continue
-                    with torch_fl.route({op: "flagos_python"}):
-                        verdict, why = judge(op, call[0], first, second)
-                except Exception as error:
-                    verdict, why = "raises", f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-                rows[verdict if verdict != "refused" else f"refused: {why}"] += 1
-                verdicts[verdict] += 1
-                if verdict == "refused":
-                    reasons[why] += 1
-                if verdict == "unequal":
-                    unequal.append({"op": op, "layout": layout, "why": why[:600]})
-        table[op] = dict(rows) if rows else {"not run": 1}
-        print(f"{op:32} {dict(rows)}", flush=True)
-    operators = collections.Counter()
-    for rows in table.values():
+    def done(task, answer):
+        rows = found.setdefault(task["op"], [])
+        rows += answer["rows"]
+        print(f"{len(found):4} {task['op']:36} {dict(collections.Counter(row[0] for row in rows))}", flush=True)
+
+    def crashed(crash):
+        label = crash.at[0] if crash.at else "start"
+        row = ["raises", f"{crash.how}: {next((line for line in reversed(crash.tail) if line), '')}"[:400], "", label]
+        found.setdefault(crash.task["op"], []).append(row)
+        if label == "start" or len(crash.task["skip"]) > 3:
+            return None
+        return {**crash.task, "skip": [*crash.task["skip"], label]}
+
+    judge_cases.make_index(options.work, "", feed)
+    feed([{"op": op, "skip": []} for op in wanted], done, crashed)
+    return summary(found, wanted, others) | {"seconds": round(time.monotonic() - started)}
+
+
+def summary(found: dict, wanted: list[str], others: int) -> dict:
+    operators, calls, reasons, layouts = (collections.Counter() for _ in range(4))
+    unequal, by_operator = [], {}
+    for op in wanted:
+        rows = found.get(op, [])
+        verdicts = {row[0] for row in rows}
         operators[
-            "unequal" if "unequal" in rows else "recordable, every replay equal" if "equal" in rows
-            else "refused" if any(r.startswith("refused") for r in rows) else "raises or not run"
+            "unequal" if "unequal" in verdicts
+            else "recordable, every replay equal" if "equal" in verdicts
+            else "recordable, results vary by themselves" if "varies" in verdicts
+            else "refused" if "refused" in verdicts
+            else "raises" if "raises" in verdicts
+            else "not run"
         ] += 1  # fmt: skip
+        shown = collections.Counter()
+        for verdict, why, kind, label in rows:
+            calls[verdict] += 1
+            if verdict == "refused":
+                reasons[why] += 1
+            if verdict == "unequal":
+                unequal.append({"op": op, "case": label, "why": why})
+            if verdict in ("equal", "unequal"):
+                layouts[f"{kind}: {verdict}"] += 1
+            shown[f"{verdict}: {why}" if verdict in ("refused", "raises", "unused") else verdict] += 1
+        by_operator[op] = dict(shown)
     return {
-        "what": "null CUDA: launches compared, no GPU",
-        "flag_gems": torch_fl.integration.installed_version(),
-        "torch": torch.__version__,
         "operators": dict(operators),
-        "not routable": len(kernels) - len(wanted),
-        "calls": dict(verdicts),
-        "replays equal": f"{verdicts['equal']} of {verdicts['equal'] + verdicts['unequal']}",
+        "not routable": others,
+        "calls": dict(calls),
+        "replays equal": calls["equal"],
+        "replays compared": calls["equal"] + calls["unequal"],
+        "by layout": dict(sorted(layouts.items())),
         "refused calls by reason": dict(reasons.most_common()),
         "unequal": unequal,
-        "by operator": table,
+        "by operator": by_operator,
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="file for the results")
-    parser.add_argument("--calls", type=int, default=3, help="signatures per operator (default 3)")
-    parser.add_argument("--seconds", type=float, default=36000, help="stop to begin calls after so long")
-    parser.add_argument("--only", nargs="*", help="operators; default: all that are routable")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--calls", type=int, default=14, help="calls per operator at most")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for everything")
+    parser.add_argument("--op-budget", type=float, default=20, help="seconds for one operator's calls")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds without a sign of life = a hang")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--ops", default="", help="regular expression on the operator's name")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from tests.common import null_cuda
-
-    if not null_cuda.active():
-        environment = os.environ | null_cuda.environment() | {"FLAGGEMS_DB_URL": "sqlite://"}
-        return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
+    if options.worker:
+        work(options)
+        return 0
+    code = null_cuda.run_again()
+    if code is not None:
+        return code
     result = sweep(options)
     print({key: value for key, value in result.items() if key != "by operator"})
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return bool(result["unequal"])
+        import torch_fl
+
+        null = null_cuda.active()
+        head = {
+            "what": "launches compared; no GPU: the null CUDA" if null else "bytes of results and arguments compared"
+        }
+        head |= {"versions": common.where("flagos"), "flag_gems": torch_fl.integration.installed_version()}
+        head |= {"date": datetime.date.today().isoformat()}
+        options.json.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
+    return bool(result["unequal"]) or not result["replays compared"]
 
 
 if __name__ == "__main__":

@@ -7,15 +7,18 @@
 # FOLDER holds the built package (torch_fl with _C and the libraries); an installed torch_fl serves too. Stages:
 #     smoke dispatch threads memory qwen3     time something and run alone; `timing` is all of them
 #     tests hal opdb                          may run side by side: tests+hal
-#     judge plans opdb_flaggems               need FlagGems; `flaggems` is all of them
+#     judge plans plan_time opdb_flaggems tuned   need FlagGems; `flaggems` is all of them, in that order: the judge's
+#                                             verdicts make the conf file of the others, its compiled kernels serve them
 # Without any: timing tests+hal opdb. `name:SECONDS` bounds a stage; SUITE_LIMIT bounds all together. A stage that fails
 # or is cut off never stops the next one, and leaves its JSON with what it has. JOBS: processes of stages that use many
 # (default: the cores less two, shared by what runs side by side).
 #
 # A GPU for half an hour, in calls of ten minutes, with 16 cores:
 #     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT timing          # dispatch, threads, memory, import, Qwen3
-#     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT tests+hal       # then, with the time that is left, judge plans
+#     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT tests+hal
 #     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT opdb
+# and FlagGems in another half hour: SUITE_LIMIT=570 ... judge plans plan_time opdb_flaggems, then tuned
+# on a tree that has the verdicts and the conf file that came back.
 # Where few files come back: scripts/gpu_suite.sh /tmp/out ...; tar czf "$OUT/results.tgz" -C /tmp/out .
 # On a machine without a GPU, to try the suite itself: FLAGOS_ACCELERATOR=host STOCK_DEVICE=cpu, or on the null CUDA
 #     NULL_CUDA_ARCH=80 SIZE=small python -m tests.common.null_cuda scripts/gpu_suite.sh OUTDIR
@@ -33,7 +36,7 @@ for group in "${@:-timing tests+hal opdb}"; do
   for part in $group; do
     case $part in
     timing) groups+=(smoke dispatch threads memory qwen3) ;;
-    flaggems) groups+=(judge plans opdb_flaggems) ;;
+    flaggems) groups+=(judge plans plan_time opdb_flaggems tuned) ;;
     *) groups+=("$part") ;;
     esac
   done
@@ -67,7 +70,9 @@ cd "$tree" || exit 2
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
 declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=80 [memory]=60 [qwen3]=270
-  [tests]=480 [hal]=120 [opdb]=540 [judge]=330 [plans]=120 [opdb_flaggems]=300)
+  [tests]=480 [hal]=120 [opdb]=540 [judge]=270 [plans]=120 [plan_time]=40 [opdb_flaggems]=110 [tuned]=300)
+work=${TMPDIR:-/tmp}/torch_fl_judge # outcomes and compiled kernels, kept from one call to the next
+export FLAGGEMS_CACHE_DIR=${FLAGGEMS_CACHE_DIR:-$work/cache}
 
 # stage NAME LIMIT JOBS: runs it; what a stage may take by itself (inner) is less, so that it ends in order.
 stage() {
@@ -104,15 +109,21 @@ stage() {
     run=("$python" tests/integration/ops/against_stock.py --stock "$stock" --limit $inner --jobs "$jobs"
       --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-})
     ;;
-  judge)
-    run=("$python" scripts/judge_flaggems.py --jobs "$jobs" --budget $inner --work "$out/judge" --out "$out/verdicts.json")
+  judge) # the verdicts and the conf file that they make go into the tree, where the later stages find them, and to OUTDIR
+    run=(bash -c "'$python' scripts/judge_flaggems.py --jobs $jobs --work '$work' --budget $inner ${JUDGE_ARGUMENTS:-}
+      code=\$?; '$python' scripts/flaggems_conf.py
+      cp torch_fl/flaggems/verdicts_*.json torch_fl/backends_flagos_py.conf '$out'; exit \$code")
     ;;
-  plans) run=("$python" benchmarks/plan_sweep.py --seconds $inner --json "$out/plans.json") ;;
+  plans)
+    run=("$python" benchmarks/plan_sweep.py --work "$work" --seconds $inner --json "$out/plans_$chip.json"
+      ${PLANS_ARGUMENTS:-})
+    ;;
+  plan_time) run=("$python" benchmarks/plans.py --json "$out/plans_time_$chip.json") ;;
   opdb_flaggems)
-    run=(env FLAGOS_BACKEND_CONFIG="$tree/torch_fl/backends_flagos_py.conf" "$python"
-      tests/integration/ops/against_stock.py --stock "$stock" --limit $inner --jobs "$jobs"
-      --json "$out/opdb_flaggems.json" ${OPDB_ARGUMENTS:-})
+    run=("$python" tests/integration/ops/against_native.py --limit $inner --jobs "$jobs"
+      --json "$out/opdb_flagos_py.json" ${FLAGGEMS_OPDB_ARGUMENTS:-})
     ;;
+  tuned) run=("$python" benchmarks/tuned.py --size "$size" --out "$out" --limit $inner) ;;
   *)
     echo "no such stage" >"$out/$1.log"
     return 2

@@ -4,18 +4,22 @@
     python scripts/judge_flaggems.py --jobs 16 --budget 1500             # on a GPU: verdicts_5.0.2_cuda_sm90.json
     TRITON_INTERPRET=1 FLAGOS_ACCELERATOR=host python scripts/judge_flaggems.py      # anywhere: ..._host.json
     python scripts/judge_flaggems.py --ops '^zero_$' --show                           # one operator, every case
+    python scripts/judge_flaggems.py --fresh --compare OLD.json --out NEW.json        # exit code 1: other verdicts
 
 Each operator is tried with calls that OpInfo samples make, in many dtypes and layouts (tests/common/judge_cases.py),
 compared as tests/common/judge_run.py says; from the outcomes come the verdict and the smallest limits
 (tests/common/judge_limits.py). Workers are processes of their own: a crash, a hang or an illegal access fails a case
-and not the run. Outcomes are kept in --work as they come; a second call goes on from there, with --fresh anew. When
---budget seconds are over, what has no outcome yet stays unjudged.
+and not the run. Outcomes are kept in --work as they come; a second call on the same device goes on from there, with
+--fresh anew. When --budget seconds are over, what has no outcome yet stays unjudged. Of a kernel's tuning
+configurations --tune are tried, spread over all of them: what is judged is the operator, not the tuner.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import os
 import re
@@ -29,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from tests.common import judge_cases, judge_limits, judge_run, opdb, workers  # noqa: E402
+from tests.common import judge_cases, judge_limits, judge_run, workers  # noqa: E402
 
 # What models call most; judged first, in case the budget ends the run.
 FIRST = """
@@ -53,6 +57,9 @@ def arguments(argv=None):
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a sign of life = a hang")
     parser.add_argument("--most", type=int, default=120, help="cases of one operator at most")
     parser.add_argument("--dtypes", default="", help="dtypes to try, separated by commas (default: all)")
+    parser.add_argument("--opinfos", default="", help="regular expression: take samples of these OpInfos only")
+    parser.add_argument("--tune", type=int, default=4, help="configurations that a kernel's tuner may try")
+    parser.add_argument("--compare", type=Path, help="verdicts of an earlier run; other ones give exit code 1")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
     parser.add_argument("--fresh", action="store_true", help="forget the outcomes of earlier runs")
     parser.add_argument("--out", type=Path, help="file of the verdicts (default: beside torch_fl/flaggems)")
@@ -73,11 +80,13 @@ def work(options) -> None:
         if "opinfo" in task:
             channel.done({"opinfo": task["opinfo"], "reached": judge_cases.reached_by(task["opinfo"])})
             continue
-        import torch_fl
+        from torch_fl import integration
         from torch_fl.flaggems import interpreter
 
-        interpreted = torch_fl.chip() == "host"
-        index = index or json.loads((options.work / "index.json").read_text())
+        interpreted = integration.interpreted()
+        if index is None:
+            index = judge_cases.load_index(options.work, options.opinfos)
+            judge_run.limit_tuning(options.tune)
         refused = unusable(task["op"])
         if refused:
             channel.done({"op": task["op"], "refused": refused})
@@ -88,21 +97,26 @@ def work(options) -> None:
         outcomes = []
         cases = judge_cases.cases(task["op"], index, dtypes, options.most)
         end = time.monotonic() + options.op_budget
-        for case in cases:
+        note = "" if cases else "no sample reaches it"
+        for number, case in enumerate(cases):
             if case.label in task["skip"]:
                 continue
             if time.monotonic() > end:
+                note = f"{options.op_budget:.0f} s were over after {number} of {len(cases)} cases"
                 break
             nest = case.nest()
-            channel.at(case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            where = (case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            channel.at(*where, False)
             try:
-                outcome = judge_run.judge(task["op"], case, interpreted)
+                outcome = judge_run.judge(task["op"], case, interpreted, lambda where=where: channel.at(*where, True))
             except torch.AcceleratorError as error:  # the device is lost to this process
                 print(judge_run.first_lines(error), file=sys.stderr, flush=True)
                 os._exit(3)
             if outcome:
                 outcomes.append(dataclasses.asdict(outcome))
-        channel.done({"op": task["op"], "outcomes": outcomes})
+        if cases and not outcomes and not note:
+            note = f"the CPU or the native kernel refuses each of its {len(cases)} calls"
+        channel.done({"op": task["op"], "outcomes": outcomes, "note": note})
 
 
 def unusable(op: str) -> dict | None:
@@ -127,34 +141,40 @@ def unusable(op: str) -> dict | None:
 class Run:
     """The outcomes so far: one line per operator in --work/outcomes.jsonl."""
 
-    def __init__(self, options):
+    def __init__(self, options, about: dict):
         self.options = options
         self.end = time.monotonic() + options.budget
         options.work.mkdir(parents=True, exist_ok=True)
         self.path = options.work / "outcomes.jsonl"
-        if options.fresh and self.path.exists():
-            self.path.unlink()
-        self.results = {}
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                row = json.loads(line)
-                self.results[row["op"]] = row
+        self.results = self._earlier(about)
         self.crashed: dict[str, list] = {}
+
+    def _earlier(self, about):
+        """The outcomes that are there already, if they are of this device and these versions."""
+        known = {k: about[k] for k in ("flaggems", "chip", "arch", "device", "torch", "triton")}
+        rows = []
+        if self.path.exists() and not self.options.fresh:
+            for line in self.path.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:  # the run was ended while it wrote
+                    break
+        if not rows or rows[0] != known:
+            if rows:
+                print(f"judge_flaggems: {self.path} is of {rows[0]}: begun anew", file=sys.stderr)
+            rows = [known]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {row["op"]: row for row in rows[1:]}
 
     def index(self):
         """Which OpInfos reach which overloads; made once."""
-        path = self.options.work / "index.json"
-        if path.exists():
-            return
-        found = {}
-        tasks = [{"opinfo": name} for name in opdb.ops_by_name()]
-        self.feed(tasks, lambda task, answer: found.update({answer["opinfo"]: answer["reached"]}), lambda crash: None)
-        path.write_text(json.dumps(found, sort_keys=True))
+        judge_cases.make_index(self.options.work, self.options.opinfos, self.feed)
 
     def feed(self, tasks, on_result, on_crash):
         options = self.options
         command = [sys.executable, __file__, "--worker", "--work", options.work, "--op-budget", options.op_budget]
-        command += ["--most", options.most, "--dtypes", options.dtypes]
+        command += ["--most", options.most, "--dtypes", options.dtypes, "--opinfos", options.opinfos]
+        command += ["--tune", options.tune]
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
         nothing = options.work / "nothing.json"  # no verdict is in force while verdicts are made
@@ -178,14 +198,18 @@ class Run:
             print(f"{len(self.results):4} {row['op']:36} {short(self.entry(row['op']))}", flush=True)
 
     def crash(self, crash):
-        """A case that killed its process is a failed one; the others are tried again without it."""
-        label, call, facts = crash.at if crash.at and len(crash.at) == 3 else ("start", "", {})
+        """A case whose kernel killed its process is a failed one; the others are tried again without it. When it was
+        the CPU's or the native kernel, the case says nothing."""
+        label, call, facts, kernel = crash.at if crash.at and len(crash.at) == 4 else ("start", "", {}, False)
         task = crash.task
-        tail = next((line for line in reversed(crash.tail) if line.strip()), "")
+        # What the process said last, warnings of torch's aside.
+        tail = next((line for line in reversed(crash.tail) if line.strip() and not re.match(r"\[?W\d", line)), "")
         outcome = judge_limits.Outcome(label, "failed", message=f"{crash.how}: {tail}"[:300], call=call, **facts)
-        self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
+        if kernel:
+            self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
         if label == "start" or len(task["skip"]) >= 5 or time.monotonic() > self.end:
-            self.done(task, {"op": task["op"], "outcomes": []})
+            note = f"its process ended {len(task['skip']) + 1} times, the last one: {outcome.message}"
+            self.done(task, {"op": task["op"], "outcomes": [], "note": note})
             return None
         return {**task, "skip": [*task["skip"], label]}
 
@@ -193,7 +217,9 @@ class Run:
         row = self.results.get(op)
         if row is None:
             return {"verdict": "unjudged", "why": "not judged: the time was over"}
-        return row.get("refused") or judge_limits.verdict([judge_limits.Outcome(**o) for o in row["outcomes"]])
+        if "refused" in row:
+            return row["refused"]
+        return judge_limits.verdict([judge_limits.Outcome(**o) for o in row["outcomes"]], row.get("note", ""))
 
 
 def short(entry) -> str:
@@ -205,12 +231,10 @@ def short(entry) -> str:
 
 def header() -> dict:
     """What the verdicts hold for."""
-    import triton
-
     import torch_fl
     from torch_fl import flaggems, integration
 
-    interpreted = torch_fl.chip() == "host"
+    interpreted = integration.interpreted()
     return {
         "flaggems": integration.installed_version(),
         "chip": torch_fl.chip(),
@@ -219,9 +243,20 @@ def header() -> dict:
         if interpreted
         else torch.flagos.get_device_name(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _triton(),
+        "python": sys.version.split()[0],
+        "date": datetime.date.today().isoformat(),
         "made_by": "scripts/judge_flaggems.py",
+        "tolerances": judge_run.described_tolerances(),
     }
+
+
+def _triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main(argv=None) -> int:
@@ -232,38 +267,44 @@ def main(argv=None) -> int:
     import torch_fl
     from torch_fl import flaggems, integration
 
-    if torch_fl.chip() == "host" and not integration.interpreted():
-        print("judge_flaggems: no GPU: set TRITON_INTERPRET=1 to judge in Triton's interpreter", file=sys.stderr)
-        return 1
     version = integration.installed_version()
-    if version is None:
-        print("judge_flaggems: FlagGems is not installed: pip install --no-deps flag_gems==5.0.2", file=sys.stderr)
+    if not integration.kernels():
+        reason = next(s.reason for s in torch_fl.explain("mm") if s.backend == judge_run.BACKEND)
+        print(f"judge_flaggems: FlagGems' Python kernels cannot run here: {reason}", file=sys.stderr)
         return 1
+    old = json.loads(options.compare.read_text()) if options.compare else None
     every = flaggems.operators(version)
     rank = {op: i for i, op in enumerate(FIRST)}
     names = sorted((op for op in every if re.search(options.ops, op)), key=lambda op: (rank.get(op, len(rank)), op))
-    run = Run(options)
+    about = header()
+    run = Run(options, about)
     run.index()
     if options.show:
         run.results = {}
     run.judge(names)
     if options.show:
         for op in names:
-            for outcome in run.results[op].get("outcomes", []):
+            for outcome in run.results.get(op, {}).get("outcomes", []):
                 print(f"{outcome['state']:10} {outcome['label']:50} {outcome['call']} {outcome['message']}")
             print(f"{op}: {short(run.entry(op))}")
         return 0
     entries = {op: run.entry(op) for op in sorted(every)}
-    data = {**header(), "ops": entries}
+    totals: dict[str, int] = {}
+    for entry in entries.values():
+        totals[entry["verdict"]] = totals.get(entry["verdict"], 0) + 1
+    data = {**about, "totals": dict(sorted(totals.items())), "ops": entries}
     path = options.out or flaggems.verdict_file(version, torch_fl.chip())
     lines = ",\n".join(f"  {json.dumps(op)}: {json.dumps(entry)}" for op, entry in entries.items())
     head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "ops")
     path.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")
-    totals: dict[str, int] = {}
-    for entry in entries.values():
-        totals[entry["verdict"]] = totals.get(entry["verdict"], 0) + 1
     print(f"{path}: " + ", ".join(f"{name} {count}" for name, count in sorted(totals.items())))
-    return 0
+    if old is None:
+        return 0
+    differences = judge_limits.differences(old, data, names)
+    for line in differences:
+        print(line)
+    print(f"{len(names) - len(differences)} of {len(names)} verdicts as in {options.compare}")
+    return 1 if differences else 0
 
 
 if __name__ == "__main__":

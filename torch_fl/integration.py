@@ -20,6 +20,9 @@ from torch_fl.flaggems import interpreter
 # FlagGems' name for the maker of each chip.
 VENDORS = {"cuda": "nvidia", "metax": "metax", "ascend": "ascend"}
 
+# Switches for a chip that does not exist here yet.
+METAX_ONLY = ("FLAGOS_METAX_COMPAT", "FLAGOS_METAX_CUDART_SHIM")
+
 CPP_VERSION = "5.0.2"  # the one whose C++ signatures csrc/aten/backends/flagos knows
 
 _kernels: dict[str, tuple[str, str, dict]] = {}
@@ -39,6 +42,11 @@ def installed_version() -> str | None:
 
 def install(chip: str) -> None:
     """Tells the backends what there is. Called once, before the routes are configured."""
+    for name in METAX_ONLY:
+        if _env.flag(name):
+            raise RuntimeError(
+                f"{name}=1 is for MetaX GPUs, and this torch_fl has no MetaX chip yet (the chip is {chip}); unset it"
+            )
     spec = importlib.util.find_spec("flag_gems")
     package = Path(spec.origin).parent if spec and spec.origin else None
     version = installed_version() if package else None
@@ -87,6 +95,8 @@ def _install_python(chip: str, package: Path | None, version: str | None) -> Non
         reason = f"FlagGems knows no vendor for the chip {chip} (GEMS_VENDOR names one)"
         if chip == "host":
             reason += "; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, slowly"
+    elif unknown := _unknown_vendor(package, vendor):
+        reason = unknown
     if vendor and not reason:
         _env.set_default("GEMS_VENDOR", vendor)
         if chip != "cuda":  # its tuning database asks for the GPU's name when it lies in a file
@@ -95,6 +105,16 @@ def _install_python(chip: str, package: Path | None, version: str | None) -> Non
     if not reason:
         _kernels.update(table(chip, version))
     _C._set_python_kernels(reason, _kernels, _load)
+
+
+def _unknown_vendor(package: Path, vendor: str) -> str:
+    """Why FlagGems cannot have that vendor; it would say nothing and guess another one."""
+    known = sorted(
+        path.name[1:] for path in package.glob("runtime/backend/_*") if path.is_dir() and path.name[1] != "_"
+    )
+    if not known or vendor in known:
+        return ""
+    return f"FlagGems knows no vendor {vendor} (GEMS_VENDOR); it knows {', '.join(known)}"
 
 
 def table(chip: str, version: str | None) -> dict[str, tuple[str, str, dict]]:
@@ -164,7 +184,7 @@ def _load(op: str):
     if _functions is None:
         try:
             module = interpreter.load() if _interpreted else importlib.import_module("flag_gems")
-            _functions = {row[0]: row[1] for row in module._FULL_CONFIG}
+            _functions = {flaggems.RENAMED.get(row[0], row[0]): row[1] for row in module._FULL_CONFIG}
         except Exception as error:
             text = str(error).strip().splitlines()
             reason = f"FlagGems cannot be imported: {type(error).__name__}: {text[0] if text else ''}"

@@ -1,7 +1,7 @@
 """Launch plans: the second call of a FlagGems operator with some signature is recorded, later ones are replayed in C++.
 
 Replays need no Python and no GIL. What is in a plan, what it is looked up by and what cannot have one is in
-docs/architecture.md. Here is the part that watches a call (csrc/aten/plan has the rest): the operators that run inside
+docs/flaggems.md. Here is the part that watches a call (csrc/aten/plan has the rest): the operators that run inside
 it, through a dispatch mode, and the kernels that are launched, through Triton's launcher, the one point that every
 launch of a compiled kernel passes.
 

@@ -105,7 +105,9 @@ py::dict counts_as_dict(const PlanCounts& counts) {
   row["misses"] = counts.misses;
   row["recorded"] = counts.recorded;
   row["plans"] = counts.plans;
+  row["patched"] = counts.patched;
   row["refused"] = counts.refused;
+  row["apart"] = counts.apart;
   return row;
 }
 

@@ -32,7 +32,7 @@ constexpr const char* kName = "flagos_python";
 struct Limits {
   uint64_t dtypes = ~uint64_t{0};  // one bit per at::ScalarType
   int64_t max_numel = std::numeric_limits<int64_t>::max();
-  bool contiguous = false, nonempty = false, nonscalar = false, same_shape = false, same_dtype = false;
+  bool contiguous = false, nonempty = false, nonscalar = false, same_shape = false, same_dtype = false, several = false;
   bool any = false;
 };
 
@@ -123,6 +123,7 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
   bool good = true;
   const size_t n = op.schema().arguments().size();
   at::Tensor first;
+  bool one = true;  // tensor at most
   for (size_t i = stack.size() - n; i < stack.size(); ++i) {
     if (stack[i].isInt() && is_dtype(op.schema().arguments()[i + n - stack.size()])) {
       good &= (limits.dtypes >> static_cast<unsigned>(stack[i].toInt()) & 1) != 0;
@@ -137,11 +138,12 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
         first = t;
         return;
       }
+      one = false;
       if (limits.same_shape) good &= t.sizes() == first.sizes();
       if (limits.same_dtype) good &= t.scalar_type() == first.scalar_type();
     });
   }
-  return good;
+  return good && !(limits.several && one);
 }
 
 void call_next(PythonKernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
@@ -363,9 +365,11 @@ Limits limits_of(const py::dict& data) {
                    : name == "nonscalar"  ? &limits.nonscalar
                    : name == "same_shape" ? &limits.same_shape
                    : name == "same_dtype" ? &limits.same_dtype
+                   : name == "several"    ? &limits.several
                                           : nullptr;
-      TORCH_CHECK_VALUE(flag, "unknown limit '", name,
-                        "' (limits: dtypes, max_numel, contiguous, nonempty, nonscalar, same_shape, same_dtype)");
+      TORCH_CHECK_VALUE(
+          flag, "unknown limit '", name,
+          "' (limits: dtypes, max_numel, contiguous, nonempty, nonscalar, same_shape, same_dtype, several)");
       *flag = py::cast<bool>(value);
     }
     limits.any = true;

@@ -1,20 +1,24 @@
-"""Calls of one aten overload to try a kernel with: taken from OpInfo samples, then made awkward.
+"""Calls of one aten overload to try a kernel with: from OpInfo samples or written by hand, then made awkward.
 
 Running an OpInfo's samples on the CPU under a dispatch mode shows which overloads they reach and with what arguments,
 backward kernels, in-place and out= overloads included. An overload that no sample reaches borrows the calls of an
-overload with the same name. Everything is deterministic: the same operator gives the same cases in every process.
+overload with the same name, or has calls in tests/common/judge_samples.py. Everything is deterministic: the same
+operator gives the same cases in every process.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.common import opdb
+from tests.common import judge_samples, opdb
 from tests.common.samples import copy_tree, is_plain, make_variant, tensors_in, tree_map
 
 DTYPES = "float32 float16 bfloat16 int64 float64 int32 bool uint8 int8 int16 complex64".split()
@@ -96,6 +100,29 @@ def reached_by(name: str) -> dict[str, list[str]]:
             run_opinfo(name, dtype, [mode], recorder, 4)
         found[mode] = sorted(recorder.names)
     return found
+
+
+def _index_file(folder: Path, pattern: str) -> Path:
+    return folder / f"index_{torch.__version__}_{zlib.crc32(pattern.encode()):x}.json"
+
+
+def make_index(folder: Path, pattern: str, feed) -> None:
+    """Writes which of the OpInfos that `pattern` fits reach which overloads, unless it is there. `feed` runs tasks
+    {"opinfo": name} with reached_by(), as workers.run_tasks does."""
+    path = _index_file(folder, pattern)
+    if path.exists():
+        return
+    found = {}
+    tasks = [{"opinfo": name} for name in opdb.ops_by_name() if re.search(pattern, name)]
+    feed(tasks, lambda task, answer: found.update({task["opinfo"]: answer["reached"]}), lambda crash: None)
+    if len(found) < 0.9 * len(tasks):
+        raise RuntimeError(f"only {len(found)} of {len(tasks)} OpInfos could be looked at")
+    path.write_text(json.dumps(found, sort_keys=True))
+
+
+def load_index(folder: Path, pattern: str = "") -> dict:
+    """{OpInfo: {mode: overloads that it reaches}}"""
+    return json.loads(_index_file(folder, pattern).read_text())
 
 
 # ---- borrowing -----------------------------------------------------------------------------------------------------
@@ -296,7 +323,8 @@ def cases(op: str, index: dict, dtypes=DTYPES, most: int = 120) -> list[Case]:
     sources.sort(key=lambda s: (_distance(op, s[0]), s))
     by_dtype = {}
     for dtype in dtypes:
-        found: list[Case] = []
+        written = judge_samples.calls(op, getattr(torch, dtype))
+        found = [Case(f"by hand {dtype} {i}", *call) for i, call in enumerate(written)]
         for name, mode in sources[:4]:
             info = opdb.ops_by_name()[name]
             if getattr(torch, dtype) not in opdb.cpu_dtypes(info):

@@ -1,8 +1,8 @@
 """From the cases of a kernel to its verdict: right, right within limits, wrong, or not judged.
 
 A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
-nonempty, nonscalar, same_shape, same_dtype, max_numel. Of all sets of limits under which no case fails, the one that
-keeps most passing cases is taken, and of those the smallest.
+nonempty, nonscalar, same_shape, same_dtype, several, max_numel. Of all sets of limits under which no case fails, the
+one that keeps most passing cases is taken, and of those the smallest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype")
+FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
 STRIDES = "strides are"  # in the message of a case whose result has other strides
 ENOUGH = 3  # passing cases without which nothing is called right
 
@@ -39,6 +39,8 @@ def features(tensors, dtypes=()) -> dict:
         flags.append("same_shape")
     if len({t.dtype for t in tensors}) <= 1:
         flags.append("same_dtype")
+    if len(tensors) > 1:
+        flags.append("several")
     return {
         "dtypes": sorted({str(d).split(".")[1] for d in (*dtypes, *(t.dtype for t in tensors))}),
         "flags": flags,
@@ -68,18 +70,19 @@ def _dtypes(passed, failed):
             return None
 
 
-def verdict(outcomes: list[Outcome]) -> dict:
-    """The entry of verdicts_*.json."""
+def verdict(outcomes: list[Outcome], note: str = "") -> dict:
+    """The entry of verdicts_*.json. `note`: what kept the judge from trying more."""
     passed = [o for o in outcomes if o.state == "passed"]
     failed = [o for o in outcomes if o.state == "failed"]
     limited = [o for o in outcomes if o.state == "limitation"]
     counts = {"cases": len(passed) + len(failed), "passed": len(passed)}
     if not passed and not failed:
-        why = f"not judged here: {limited[0].message}" if limited else "not judged: no sample reaches it"
+        why = f"not judged here: {limited[0].message}" if limited else f"not judged: {note or 'no sample reaches it'}"
         return {"verdict": "unjudged", "why": why}
     if not failed:
         if len(passed) < ENOUGH:
-            return {"verdict": "unjudged", "why": f"only {len(passed)} cases could be tried", **counts}
+            only = f"only {len(passed)} cases could be tried{'; ' if note else ''}{note}"
+            return {"verdict": "unjudged", "why": only, **counts}
         return _right({}, {d for o in passed for d in o.dtypes}, counts, None)
     # Other strides than the native kernel's are a matter of layout: no dtype or size is to blame for them.
     needed = {"contiguous"} if any(STRIDES in o.message and "contiguous" not in o.flags for o in failed) else set()
@@ -124,3 +127,20 @@ def _right(limits, dtypes, counts, failure):
     if failure is not None:
         entry.update(why=failure.message, reproducer=failure.label, call=failure.call)
     return {**entry, **counts}
+
+
+def differences(old: dict, new: dict, ops) -> list[str]:
+    """One line for each operator whose verdict or limits are not those of an earlier file, and for what was judged on
+    something else."""
+    lines = []
+    for key in ("flaggems", "chip", "arch"):
+        if old.get(key) != new.get(key):
+            lines.append(f"{key}: {new.get(key)}, was {old.get(key)}")
+    for op in sorted(ops):
+        before, now = (
+            (d["ops"].get(op, {}).get("verdict"), d["ops"].get(op, {}).get("limits", {})) for d in (old, new)
+        )
+        if before != now:
+            why = new["ops"].get(op, {}).get("why", "")
+            lines.append(f"{op}: {now[0]} {now[1]}, was {before[0]} {before[1]}{'; ' if why else ''}{why}")
+    return lines

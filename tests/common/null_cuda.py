@@ -106,6 +106,17 @@ def active() -> bool:
     return "null_cuda" in os.environ.get("LD_PRELOAD", "")
 
 
+def run_again() -> int | None:
+    """Runs this very program on the null CUDA when there is no GPU: its exit code; None when there is no need."""
+    import torch
+
+    if active() or torch.cuda.is_available():
+        return None
+    # FlagGems' tuning database asks for the GPU's name when it lies in a file.
+    variables = os.environ | environment() | {"FLAGGEMS_DB_URL": "sqlite://"}
+    return subprocess.run([sys.executable, *sys.argv], env=variables, check=False).returncode
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library that this process was started with."""

@@ -12,7 +12,7 @@ import torch
 
 import torch_fl
 from tests.common import null_cuda
-from tests.common.plan_judge import judge
+from tests.common.plan_judge import judge, readable
 
 OPS = ("add.Tensor", "add_.Tensor", "silu", "sigmoid", "tanh", "exp", "neg")
 ADD, ADD_ = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -100,6 +100,101 @@ def check_what_makes_another_plan():
     finally:
         torch.set_default_dtype(torch.float32)
     assert python_calls(x[:32], y[:32]) == 0
+
+
+def sums(x, y, alphas):
+    """How many of the calls ran in Python."""
+    import flag_gems
+
+    flag_gems.CALLS.clear()
+    for alpha in alphas:
+        ADD(x, y, alpha=alpha)
+    return len(flag_gems.CALLS)
+
+
+def check_numbers_that_change():
+    """The third value makes the plan for all values of its class; parameters follow."""
+    x, y = random(40), random(40)
+    assert sums(x, y, (0.3, 0.31, 0.32)) == 3
+    assert sums(x, y, (0.33, 0.4, 0.01, 0.32)) == 0 and counts("add.Tensor")["patched"] == 3
+    assert sums(x, y, (0.5, 0.7, -0.3, 1.0, 1e30, float("inf"), 3, 0.0, -0.0)) == 9, "another class has no plan yet"
+    for alpha in (0.35, 0.36):
+        replayed, result = null_cuda.launches(lambda a=alpha: ADD(x, y, alpha=a), addresses=True)
+        replayed, _ = readable(replayed, (x, y), result)
+        assert torch_fl.plans.use(False)
+        expected, result = null_cuda.launches(lambda a=alpha: ADD(x, y, alpha=a), addresses=True)
+        torch_fl.plans.use(True)
+        assert replayed == readable(expected, (x, y), result)[0]
+
+
+def check_whole_numbers_that_change():
+    """As a float32 beyond 2^24 they are not what was asked for: another class."""
+    x, y = random(41), random(41)
+    assert sums(x, y, (3, 5, 7)) == 3 and sums(x, y, (9, 11)) == 0
+    assert sums(x, y, (16, 2**24 + 1, 2**31, 2**31 + 16, 1, 2)) == 6
+
+
+def check_numbers_that_no_parameter_follows():
+    x = random(42)
+    for number in (2.5, 2.6, 2.7, 2.8, 2.9):
+        x + number
+    assert counts("add.Tensor")["patched"] == 0, counts("add.Tensor")
+    assert counts("add.Tensor")["apart"] == {"an operator inside gets other numbers": 1}, counts("add.Tensor")
+
+
+def check_verification_of_numbers_that_change():
+    x, y = random(43), random(43)
+    sums(x, y, (0.3, 0.31, 0.32))
+    torch_fl.plans.verify(True)
+    try:
+        assert sums(x, y, (0.33, 0.34)) == 2
+    finally:
+        torch_fl.plans.verify(False)
+    assert sums(x, y, (0.35,)) == 0 and counts("add.Tensor")["refused"] == {}, counts("add.Tensor")
+
+
+def check_nothing_is_recorded_while_a_graph_is_captured():
+    import flag_gems
+
+    x, y = random(44), random(44)
+    x + y
+    before = counts("add.Tensor")["recorded"]
+    stream = torch.flagos.Stream()
+    graph = torch.flagos.CUDAGraph()
+    with torch.flagos.graph(graph, stream=stream):
+        x + y
+    assert counts("add.Tensor")["recorded"] == before
+    x + y
+    assert counts("add.Tensor")["recorded"] == before + 1
+    flag_gems.CALLS.clear()
+    with torch.flagos.graph(torch.flagos.CUDAGraph(), stream=stream):
+        x + y
+    assert flag_gems.CALLS == [], "a plan that is there is replayed into a graph"
+
+
+def check_a_profiler_changes_nothing():
+    import flag_gems
+
+    x, y = random(45), random(45)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(2):
+            x + y
+        flag_gems.CALLS.clear()
+        x + y
+    assert flag_gems.CALLS == [] and counts("add.Tensor")["hits"] == 1
+    assert sum(row.count for row in profile.key_averages() if row.key == "aten::add") == 3
+
+
+def check_other_tritons_have_no_plans():
+    import triton
+
+    assert torch_fl.plans.unavailable() == ""
+    version = triton.__version__
+    triton.__version__ = "3.7.0"
+    try:
+        assert "Triton 3.7.0 is installed" in torch_fl.plans._hook()
+    finally:
+        triton.__version__ = version
 
 
 def check_refusals():

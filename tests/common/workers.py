@@ -20,6 +20,9 @@ import time
 from collections.abc import Callable
 
 
+START = 120.0  # seconds that a process may need until its first step, or in one that it calls "start"
+
+
 class Channel:
     """The worker's side: yields tasks, sends progress and results."""
 
@@ -141,7 +144,7 @@ def run_tasks(
         at, hung = None, False
         try:
             worker.send(task)
-            while (message := worker.receive(timeout)) is not None:
+            while message := worker.receive(timeout if at and at[0] != "start" else max(timeout, START)):
                 if "done" in message:
                     with lock:
                         on_result(task, message["done"])

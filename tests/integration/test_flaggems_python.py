@@ -117,6 +117,23 @@ def test_absent_and_not_asked_for():
     assert "no driver found" in "\n".join(out[3:]) and any("refused" in line for line in out), out
 
 
+def test_a_vendor_that_flaggems_does_not_know(tmp_path):
+    """FlagGems itself ignores the name without notice and guesses."""
+    package = tmp_path / "flag_gems"
+    for vendor in ("_nvidia", "_metax"):
+        (package / "runtime/backend" / vendor).mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    changes = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}", "GEMS_VENDOR": "nvidea"}
+    out = check_python("import torch_fl\nprint(torch_fl.explain('mm'))", **environment(**changes))
+    assert "FlagGems knows no vendor nvidea (GEMS_VENDOR); it knows metax, nvidia" in out
+
+
+@pytest.mark.parametrize("name", ["FLAGOS_METAX_COMPAT", "FLAGOS_METAX_CUDART_SHIM"])
+def test_switches_of_a_chip_that_is_not_there(name):
+    result = run_python("import torch_fl", **{name: "1"})
+    assert result.returncode != 0 and f"RuntimeError: {name}=1 is for MetaX" in result.stderr, result.stderr[-2000:]
+
+
 def test_bad_verdict_file(tmp_path):
     path = tmp_path / "verdicts.json"
     path.write_text('{"ops": {"mm": {"verdict": "maybe"}}}')

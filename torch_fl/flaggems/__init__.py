@@ -11,7 +11,7 @@
 
 A right kernel may serve by default; within its limits, when it has some, and other calls go to the next backend. A
 wrong one, and one without a verdict, serves only when it is asked for by name. Limits: dtypes (names), max_numel,
-contiguous, nonempty, same_shape, same_dtype.
+contiguous, nonempty, nonscalar (no tensor without dimensions), same_shape, same_dtype, several (tensors, not one).
 """
 
 import json
@@ -23,6 +23,10 @@ NEWEST = "5.0.2"
 VERDICTS = ("right", "wrong", "unjudged", "unusable")
 
 
+# FlagGems' name -> torch's, where FlagGems leaves an overload out that torch has.
+RENAMED = {name: f"{name}.Tensor" for name in ("bitwise_left_shift", "bitwise_right_shift", "copysign")}
+
+
 class Judgement(NamedTuple):
     verdict: str  # one of VERDICTS
     why: str
@@ -30,11 +34,13 @@ class Judgement(NamedTuple):
 
 
 def operators(version: str | None) -> list[str]:
-    """The operators of a FlagGems version; of the newest known one when this version's list is missing."""
+    """The operators of a FlagGems version, by torch's names; of the newest known one when this version's list is
+    missing."""
     path = FOLDER / f"ops_{version}.txt"
     if not path.exists():
         path = FOLDER / f"ops_{NEWEST}.txt"
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [RENAMED.get(line, line) for line in lines if line and not line.startswith("#")]
 
 
 def architecture(chip: str) -> str:

@@ -6,7 +6,9 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/COW.h>
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <sstream>
 
 #include "csrc/aten/native.h"
@@ -42,9 +44,50 @@ uint64_t mix(uint64_t hash, uint64_t word) {
   return hash ^ hash >> 29;
 }
 
+uint64_t hash_of(const PlanKey& key) {
+  uint64_t hash = key.words.size();
+  for (const auto word : key.words) hash = mix(hash, word);
+  return hash;
+}
+
+// Arguments that are numbers to compute with; integers that are declared as such say where and how much.
+bool is_number(const c10::Argument& argument) {
+  const c10::Type* type = argument.real_type().get();
+  if (type->kind() == c10::TypeKind::OptionalType) type = type->castRaw<c10::OptionalType>()->getElementType().get();
+  return type->kind() == c10::TypeKind::NumberType || type->kind() == c10::TypeKind::FloatType;
+}
+
+// Numbers that code likes to compare with, each a class of its own; between two of them is another class.
+constexpr double kUsual[] = {-1, -0.5, 0, 0.5, 1, 2};
+
+uint64_t class_of(double value) {
+  if (std::isnan(value)) return 100;
+  if (std::isinf(value)) return value > 0 ? 101 : 102;
+  uint64_t place = std::signbit(value) ? 50 : 0;  // -0.0 is not 0.0
+  for (const double usual : kUsual) {
+    if (value == usual) return place + 1;
+    if (value < usual) return place;
+    place += 2;
+  }
+  return place;
+}
+
+uint64_t class_of(int64_t value) {
+  const bool narrow = value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max();
+  const bool exact = std::abs(static_cast<double>(value)) <= 1 << 24;  // as a float32
+  return class_of(static_cast<double>(value)) << 8 | uint64_t{value % 16 == 0} << 2 | uint64_t{narrow} << 1 | exact;
+}
+
 class Describe {
  public:
-  Describe(CallTensors& tensors, PlanKey& key) : tensors_(tensors), words_(key.words) {}
+  Describe(CallTensors& tensors, PlanKey& key) : tensors_(tensors), words_(key.words), scalars_(key.scalars) {}
+
+  bool argument(const c10::IValue& value, const c10::Argument& declared) {
+    if (is_number(declared) && (value.isInt() || value.isDouble())) {
+      scalars_.push_back({static_cast<uint32_t>(words_.size() + 1), value.isInt()});
+    }
+    return item(value);
+  }
 
   bool item(const c10::IValue& value) {
     if (value.isTensor()) return tensor(value.unsafeToTensorImpl());
@@ -174,12 +217,16 @@ class Describe {
     }
     uint64_t value[2] = {0, 0};
     std::memcpy(value, t->data(), t->itemsize());
-    put(head(t->is_wrapped_number() ? kNumber : kHostTensor, dtype), value[0]);
-    return put(value[1]);
+    put(head(t->is_wrapped_number() ? kNumber : kHostTensor, dtype));
+    if (t->dtype() == caffe2::TypeMeta::Make<double>() || t->dtype() == caffe2::TypeMeta::Make<int64_t>()) {
+      scalars_.push_back({static_cast<uint32_t>(words_.size()), t->dtype() == caffe2::TypeMeta::Make<int64_t>()});
+    }
+    return put(value[0], value[1]);
   }
 
   CallTensors& tensors_;
   decltype(PlanKey::words)& words_;
+  decltype(PlanKey::scalars)& scalars_;
   c10::SmallVector<size_t, 8> extents_;
 };
 
@@ -201,16 +248,27 @@ const char* describe_call(const c10::OperatorHandle& op, const torch::jit::Stack
   key.words.push_back(static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()) |
                       uint64_t{context.deterministicAlgorithms()} << 8 |
                       uint64_t{context.deterministicAlgorithmsWarnOnly()} << 9);
-  for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size(); ++i) {
-    if (!describe.item(stack[i])) return describe.why;
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!describe.argument(stack[stack.size() - arguments.size() + i], arguments[i])) return describe.why;
   }
   describe.relations();
   if (tensors.device < 0) tensors.device = platform().current_device();
   key.words.push_back(static_cast<uint64_t>(tensors.device));
-  uint64_t hash = key.words.size();
-  for (const auto word : key.words) hash = mix(hash, word);
-  key.hash = hash;
+  key.hash = hash_of(key);
   return nullptr;
+}
+
+PlanKey PlanKey::family() const {
+  PlanKey family = *this;
+  for (const auto& scalar : scalars) {
+    auto& word = family.words[scalar.word];
+    double value;
+    std::memcpy(&value, &word, sizeof value);
+    word = scalar.integer ? class_of(static_cast<int64_t>(word)) : class_of(value);
+  }
+  family.hash = hash_of(family);
+  return family;
 }
 
 namespace {

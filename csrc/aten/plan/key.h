@@ -18,10 +18,20 @@ struct CallTensors {
   c10::DeviceIndex device = -1;
 };
 
+// A number among the arguments. Calls that differ in such numbers alone may share a plan (table.h).
+struct PlanScalar {
+  uint32_t word;  // its value: the bits of a double, or an integer
+  bool integer;
+};
+
 struct PlanKey {
   c10::SmallVector<uint64_t, 48> words;
+  c10::SmallVector<PlanScalar, 2> scalars;
   uint64_t hash = 0;
   bool operator==(const PlanKey& other) const { return hash == other.hash && words == other.words; }
+  // The key with each number's class in place of its value. Within a class a compiler makes one kernel of all values,
+  // and Python code that compares with the usual numbers takes one way.
+  PlanKey family() const;
 };
 
 // Describes the call that lies on the stack. Null when it can have a plan, else why it cannot.

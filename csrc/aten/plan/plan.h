@@ -46,6 +46,13 @@ struct PlanLaunch {
     bool map;  // a tensor map, whose address is replaced
   };
   std::vector<Patch> patches;
+  // A parameter that follows a number among the call's arguments (merge.cc).
+  struct Number {
+    uint32_t offset;
+    uint32_t scalar;  // which of PlanKey::scalars
+    enum Encoding { kInt32, kInt64, kFloat, kDouble } encoding;
+  };
+  std::vector<Number> numbers;
 };
 
 struct PlanCall {
@@ -61,8 +68,8 @@ struct PlanCall {
 };
 
 struct PlanStep {
-  std::unique_ptr<PlanLaunch> launch;  // one of the two
-  std::unique_ptr<PlanCall> call;
+  std::shared_ptr<PlanLaunch> launch;  // one of the two
+  std::shared_ptr<PlanCall> call;
   std::vector<int> allocate;  // slots that begin here
 };
 
@@ -80,8 +87,17 @@ struct Plan {
 
   // Replaces the call's arguments on the stack by its results. Needs no GIL. When it throws before it has launched
   // anything, the arguments are still there.
-  void replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors) const;
+  void replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors,
+              const PlanKey& key) const;
 };
+
+// One plan for calls that differ in the values of some numbers alone, from the plans of two such calls. Null when they
+// differ in anything but parameters that follow those numbers; then `why` says in what. `free` gets, for each of the
+// key's scalars, whether its value is put in at each replay; the others must have the value that they have in `a`.
+std::shared_ptr<const Plan> merge_plans(const Plan& a, const PlanKey& key_a, const Plan& b, const PlanKey& key_b,
+                                        std::vector<bool>& free, std::string& why);
+// Writes the number as the parameter that follows it is encoded.
+void put_number(char* place, const PlanLaunch::Number& number, const PlanKey& key);
 
 // A native tensor over a twin storage.
 at::Tensor native_tensor(c10::StorageImpl* twin, at::ScalarType dtype, c10::IntArrayRef sizes, c10::IntArrayRef strides,

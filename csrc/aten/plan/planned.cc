@@ -87,7 +87,7 @@ void verify(PlanTable& table, const PlanKey& key, const Plan& plan, const c10::O
   {
     const BelowAutograd below;
     before = copies(written);
-    plan.replay(op, &replayed, tensors);
+    plan.replay(op, &replayed, tensors, key);
     after = copies(written);
     for (size_t i = 0; i < written.size(); ++i) native_of_dense(written[i]).copy_(before[i]);
   }
@@ -132,7 +132,7 @@ void run_planned(PlanTable& table, const c10::OperatorHandle& op, torch::jit::St
   const auto found = table.look_up(key);
   if (C10_LIKELY(found.plan != nullptr)) {
     if (C10_UNLIKELY(verifying_plans())) return verify(table, key, *found.plan, op, stack, tensors, python);
-    return found.plan->replay(op, stack, tensors);
+    return found.plan->replay(op, stack, tensors, key);
   }
   // What runs while a graph is captured must not compile, tune or be watched; a plan made before is fine.
   if (found.settled || plan_backend()->capturing(platform().current_stream(tensors.device)) || !table.sight(key)) {

@@ -234,7 +234,7 @@ bool PlanRecorder::use(PlanCall& call, size_t argument, int member, at::Tensor& 
 
 void PlanRecorder::add_call(const c10::OperatorHandle& op, torch::jit::Stack arguments,
                             const torch::jit::Stack& results) {
-  auto call = std::make_unique<PlanCall>(PlanCall{op, {}, {}, {}});
+  auto call = std::make_shared<PlanCall>(PlanCall{op, {}, {}, {}});
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto& value = arguments[i];
     if (value.isTensor() && value.toTensor().defined()) {
@@ -328,7 +328,7 @@ void PlanRecorder::launch(const LaunchConfig& config, const std::vector<Paramete
   if (!plan_backend()->parameters(config.function, sizes))
     return refuse("the driver does not show a kernel's parameters");
   if (sizes.size() != parameters.size()) return refuse("a kernel has other parameters than its launcher says");
-  auto launch = std::make_unique<PlanLaunch>();
+  auto launch = std::make_shared<PlanLaunch>();
   launch->config = config;
   std::string block;
   for (size_t i = 0; i < parameters.size(); ++i) {

@@ -27,7 +27,8 @@ struct Held {
 
 class Replay {
  public:
-  Replay(const Plan& plan, const CallTensors& tensors) : plan_(plan), device_(tensors.device) {
+  Replay(const Plan& plan, const CallTensors& tensors, const PlanKey& key)
+      : plan_(plan), key_(key), device_(tensors.device) {
     held_.resize(plan.slots.size());
     for (size_t i = 0; i < tensors.tensor.size(); ++i) {
       held_[i].base = tensors.address[i];
@@ -75,6 +76,7 @@ class Replay {
         std::memcpy(block + patch.offset, &value, sizeof value);
       }
     }
+    for (const auto& number : launch.numbers) put_number(block + number.offset, number, key_);
     c10::SmallVector<void*, 32> parameters;
     for (const auto offset : launch.offsets) parameters.push_back(block + offset);
     plan_backend()->launch(launch.config, stream_, parameters.data());
@@ -135,6 +137,7 @@ class Replay {
   }
 
   const Plan& plan_;
+  const PlanKey& key_;
   c10::DeviceIndex device_;
   c10::SmallVector<Held, 8> held_;
   size_t inputs_ = 0;
@@ -156,8 +159,9 @@ at::Tensor native_tensor(c10::StorageImpl* twin, at::ScalarType dtype, c10::IntA
   return result;
 }
 
-void Plan::replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors) const {
-  Replay replay(*this, tensors);
+void Plan::replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors,
+                  const PlanKey& key) const {
+  Replay replay(*this, tensors, key);
   for (size_t i = 0; i < steps.size(); ++i) {
     const auto& step = steps[i];
     for (const int slot : step.allocate) replay.allocate(slot);

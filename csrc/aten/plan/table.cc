@@ -24,8 +24,34 @@ PlanTable::Found PlanTable::look_up(const PlanKey& key) {
       return {nullptr, true};
     }
   }
+  if (const auto* family = family_of(key, false);
+      family && family->plan && (found == entries_.end() || found->second.state != Entry::kRefused)) {
+    bool same = true;  // in what the plan does not put in
+    for (size_t i = 0; i < key.scalars.size(); ++i) {
+      const auto word = key.scalars[i].word;
+      same &= family->free[i] || key.words[word] == family->first.words[word];
+    }
+    if (same) {
+      ++counts_.hits;
+      ++counts_.patched;
+      return {family->plan, true};
+    }
+  }
   ++counts_.misses;
   return {};
+}
+
+// Numbers are few among the operators' calls, and only calls without a plan of their own come here.
+PlanTable::Family* PlanTable::family_of(const PlanKey& key, bool make) {
+  if (key.scalars.empty()) return nullptr;
+  auto family_key = key.family();
+  const auto found = families_.find(family_key.hash);
+  if (found != families_.end() && found->second.key == family_key) return &found->second;
+  if (!make) return nullptr;
+  if (families_.size() >= kCapacity) families_.clear();
+  auto& family = families_[family_key.hash] = Family();
+  family.key = std::move(family_key);
+  return &family;
 }
 
 bool PlanTable::sight(const PlanKey& key) {
@@ -42,7 +68,14 @@ bool PlanTable::sight(const PlanKey& key) {
   entry = Entry();
   entry.key = key;
   entry.used = ++clock_;
-  return false;
+  const auto* family = family_of(key, false);
+  const bool known = family != nullptr && !family->plan && !family->apart;
+  if (known) {
+    entry.state = Entry::kRecording;
+  } else if (family == nullptr) {
+    family_of(key, true);
+  }
+  return known;
 }
 
 void PlanTable::make_room() {
@@ -67,9 +100,40 @@ void PlanTable::recorded(const PlanKey& key, std::shared_ptr<const Plan> plan, c
   entry.plan = std::move(plan);
   entry.reason = refused;
   if (!refused.empty()) ++counts_.refused[refused];
+  if (entry.plan) return join(key, entry.plan);
+  if (auto* family = family_of(key, false); family && !refused.empty()) family->apart = true;
 }
 
-void PlanTable::refuse(const PlanKey& key, const std::string& reason) { recorded(key, nullptr, reason); }
+void PlanTable::join(const PlanKey& key, const std::shared_ptr<const Plan>& plan) {
+  auto* family = family_of(key, false);
+  if (family == nullptr || family->plan || family->apart) return;
+  if (!family->first_plan) {
+    family->first = key;
+    family->first_plan = plan;
+    return;
+  }
+  if (family->first == key) return;
+  std::string why;
+  family->plan = merge_plans(*family->first_plan, family->first, *plan, key, family->free, why);
+  family->apart = !family->plan;
+  if (family->apart) ++counts_.apart[why];
+  family->first_plan = nullptr;
+}
+
+void PlanTable::refuse(const PlanKey& key, const std::string& reason) {
+  {
+    std::lock_guard<SpinLock> lock(lock_);
+    if (auto* family = family_of(key, false); family && family->plan) {
+      family->plan = nullptr;
+      family->apart = true;
+    }
+    auto& entry = entries_[key.hash];
+    if (!(entry.key == key)) entry = Entry();
+    entry.key = key;
+    entry.used = ++clock_;
+  }
+  recorded(key, nullptr, reason);
+}
 
 void PlanTable::count_refused(const std::string& reason) {
   std::lock_guard<SpinLock> lock(lock_);
@@ -80,12 +144,14 @@ PlanCounts PlanTable::counts() const {
   std::lock_guard<SpinLock> lock(lock_);
   auto counts = counts_;
   for (const auto& [hash, entry] : entries_) counts.plans += entry.plan != nullptr;
+  for (const auto& [hash, family] : families_) counts.plans += family.plan != nullptr;
   return counts;
 }
 
 void PlanTable::clear() {
   std::lock_guard<SpinLock> lock(lock_);
   entries_.clear();
+  families_.clear();
   counts_ = PlanCounts();
 }
 

@@ -13,7 +13,9 @@ namespace flagos {
 
 struct PlanCounts {
   uint64_t hits = 0, misses = 0, recorded = 0, plans = 0;
+  uint64_t patched = 0;                     // hits of a plan that another value's calls were recorded for
   std::map<std::string, uint64_t> refused;  // reason -> calls that ran in Python because of it
+  std::map<std::string, uint64_t> apart;    // reason -> times that two values of a number could not share a plan
 };
 
 class PlanTable {
@@ -24,8 +26,9 @@ class PlanTable {
     bool settled = false;
   };
   Found look_up(const PlanKey& key);
-  // Notes that a call without a plan has come. True when it is to be recorded: at the second sighting of its key. The
-  // first one runs in Python alone, because it may compile and tune. Every true is answered by recorded().
+  // Notes that a call without a plan has come. True when it is to be recorded: at the second sighting of its key, or of
+  // one that differs in the values of numbers alone. The first one runs in Python alone, because it may compile and
+  // tune. Every true is answered by recorded().
   bool sight(const PlanKey& key);
   // How a recording has ended: a plan, or a reason, or neither: the next call tries again.
   void recorded(const PlanKey& key, std::shared_ptr<const Plan> plan, const std::string& refused);
@@ -47,10 +50,21 @@ class PlanTable {
     std::string reason;
     uint64_t used = 0;
   };
+  // Calls that differ in the values of numbers, not in their classes. When two of them are recorded and their plans
+  // differ in nothing but parameters that follow the numbers, one plan serves all.
+  struct Family {
+    PlanKey key, first;  // `first`: the call that was recorded first
+    std::shared_ptr<const Plan> first_plan, plan;
+    std::vector<bool> free;  // per number: its value is put in; else it must be the first call's
+    bool apart = false;      // no plan can serve all
+  };
   void make_room();
+  Family* family_of(const PlanKey& key, bool make);
+  void join(const PlanKey& key, const std::shared_ptr<const Plan>& plan);
 
   mutable SpinLock lock_;                        // guards all below; nothing under it calls torch or Python
   std::unordered_map<uint64_t, Entry> entries_;  // by hash; of two keys with one hash the later has the place
+  std::unordered_map<uint64_t, Family> families_;
   uint64_t clock_ = 0;
   PlanCounts counts_;
 };

@@ -1,0 +1,194 @@
+"""Calls written by hand for the judge of FlagGems' kernels: overloads that no OpInfo sample reaches, and known traps.
+
+`CALLS[operator](make)` gives calls, `make(*size)` a CPU tensor of the dtype that is wanted. They join those that
+tests/common/judge_cases.py takes from OpInfo samples, and are varied like them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _maker(dtype: torch.dtype, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*size):
+        if dtype is torch.bool:
+            return torch.rand(size, generator=generator) > 0.5
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(size, dtype=torch.float64, generator=generator).to(dtype)
+        return torch.randint(0 if dtype is torch.uint8 else -9, 9, size, generator=generator).to(dtype)
+
+    make.dtype = dtype
+    return make
+
+
+def calls(op: str, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    """[(args, kwargs)] for an operator in a dtype; none when there is no hand-written call."""
+    row = CALLS.get(op)
+    if row is None:
+        return []
+    function, dtypes = row if isinstance(row, tuple) else (row, FLOATS)
+    return list(function(_maker(dtype, 7))) if dtypes is None or dtype in dtypes else []
+
+
+def _plain(*arguments, **keywords):
+    return arguments, keywords
+
+
+def _depthwise(make):
+    for channels, size, kernel, stride, padding in ((4, 9, 3, 1, 1), (2, 8, 5, 2, 2), (3, 7, 1, 1, 0)):
+        image, weight = make(2, channels, size, size), make(channels, 1, kernel, kernel)
+        for bias in (None, make(channels)):
+            yield _plain(image, weight, [kernel] * 2, bias, [stride] * 2, [padding] * 2, [1, 1])
+
+
+def _flash(make):
+    for queries, keys, heads, width, causal in ((16, 16, 2, 64, False), (33, 33, 4, 64, True), (8, 70, 2, 128, False)):
+        q, k = make(2, queries, heads, width), make(2, keys, heads, width)
+        yield _plain(q, k, make(2, keys, heads, width), None, None, queries, keys, 0.0, causal, False)
+
+
+def _grouped(make):
+    yield _plain(make(3, 16, 32), make(3, 32, 16))
+    ends = torch.tensor([16, 32, 48], dtype=torch.int32)
+    yield _plain(make(48, 32), make(3, 32, 16), ends)
+    yield _plain(make(48, 32), make(3, 32, 64), ends)
+
+
+def _index_put(make):
+    rows, columns = torch.tensor([0, 2, 1]), torch.tensor([1, 1, 3])
+    for accumulate in (False, True):
+        yield _plain(make(4, 5), [rows], make(3, 5), accumulate)
+        yield _plain(make(4, 5), [rows, columns], make(3), accumulate)
+        yield _plain(make(4, 5, 2), [rows, columns], make(3, 2), accumulate)
+
+
+def _bicubic(make):
+    for size, wanted, corners in (((1, 2, 8, 8), [4, 4], False), ((2, 1, 5, 7), [10, 3], True)):
+        yield _plain(make(*size), wanted, corners)
+    yield _plain(make(1, 3, 6, 6), [9, 9], False, 1.5, 1.5)
+
+
+def _bicubic_backward(make):
+    yield _plain(make(1, 2, 4, 4), [4, 4], [1, 2, 8, 8], False)
+    yield _plain(make(2, 1, 10, 3), [10, 3], [2, 1, 5, 7], True)
+    yield _plain(make(1, 3, 9, 9), [9, 9], [1, 3, 6, 6], False)
+
+
+def _weight_norm(make):
+    yield _plain(make(6, 5), make(6, 1).abs() + 1, 0)
+    yield _plain(make(4, 3, 3), make(4, 1, 1).abs() + 1, 0)
+    yield _plain(make(6, 5), make(1, 5).abs() + 1, 1)
+
+
+def _weight_norm_backward(make):
+    for (v, g, dim), _ in _weight_norm(make):
+        keep = v.dim() - 1 if dim else 0
+        norms = v.float().norm(dim=[d for d in range(v.dim()) if d != keep], keepdim=True).to(v.dtype)
+        yield _plain(make(*v.shape), v, g, norms, dim)
+
+
+def _dropout(make):
+    for p, train in ((0.3, True), (0.5, True), (0.0, True), (0.5, False)):
+        yield _plain(make(40, 50), p, train)
+
+
+def _replication(make):
+    yield _plain(make(1, 2, 3, 4, 5), [1, 2, 1, 0, 2, 1])
+    yield _plain(make(2, 3, 4, 5), [0, 1, 2, 0, 1, 1])
+
+
+def _modes(make):
+    for mode in (None, "floor", "trunc"):
+        for divisor in (2, -3, 2.5):
+            yield ((make(5, 6), divisor), {"rounding_mode": mode})
+            yield ((make(33), divisor), {"rounding_mode": mode})
+
+
+def _true(make):
+    yield _plain(torch.ones(3, 4, dtype=make.dtype))
+    yield _plain(torch.ones((), dtype=make.dtype))
+    yield _plain(torch.ones(3000, dtype=make.dtype))
+
+
+def _all_true(make):
+    yield from _true(make)
+    for size in ((4, 5), (2000,)):
+        yield _plain(make(*size))
+
+
+def _range(make):
+    for least, most in ((None, None), (1, 100), (0, None)):
+        yield _plain(7, least, most, make(1))
+
+
+def _random(make):
+    yield _plain(make(60, 70))
+    yield _plain(make(5))
+    yield _plain(make(3, 4, 5).transpose(0, 2))
+
+
+def _permutations(make):
+    for n in (0, 1, 17, 4096):
+        yield ((n,), {"dtype": make.dtype, "device": torch.device("cpu")})
+
+
+def _copies(make):
+    for size in ((), (3,), (4, 5), (2, 3, 4)):
+        yield _plain(make(*size))
+    yield _plain(make(4, 5).t())
+
+
+# What reference results are known to go wrong with: a list of one tensor, indices from the end, small integers whose
+# sum needs a wider type, values that a float32 cannot tell apart.
+def _one_tensor(make):
+    yield _plain([make(3, 4)])
+    yield _plain([make(5)], 0)
+
+
+def _negative_index(make):
+    for index in (torch.tensor([-1, 0, 1]), torch.tensor([[-1], [-2]])):
+        yield _plain(make(4, 5), [index])
+
+
+def _many(make):
+    ones = torch.ones(1000, dtype=make.dtype)
+    yield _plain(ones)
+    yield _plain(ones.reshape(10, 100))
+
+
+def _close_integers(make):
+    if make.dtype is torch.int64:
+        yield _plain(torch.tensor([2**24 + 1, 2**40 + 1]), torch.tensor([2**24, 2**40]))
+
+
+CALLS = {
+    "_assert_async": (_true, (*FLOATS, torch.bool, torch.int64)),
+    "_conv_depthwise2d": _depthwise,
+    "_flash_attention_forward": (_flash, (torch.float16, torch.bfloat16)),
+    "_functional_sym_constrain_range_for_size": (_range, (torch.float32, torch.float16, torch.int64)),
+    "_grouped_mm": (_grouped, (torch.bfloat16,)),
+    "_index_put_impl_": _index_put,
+    "_is_all_true": (_all_true, (torch.bool,)),
+    "_upsample_bicubic2d_aa": _bicubic,
+    "_upsample_bicubic2d_aa_backward": _bicubic_backward,
+    "_weight_norm_interface": _weight_norm,
+    "_weight_norm_interface_backward": _weight_norm_backward,
+    "lift_fresh_copy": (_copies, None),
+    "native_dropout": _dropout,
+    "rand_like": _random,
+    "randperm": (_permutations, (torch.int64, torch.int32, torch.int16, torch.float32)),
+    "replication_pad3d": _replication,
+    "div.Scalar_mode": _modes,
+    "div_.Scalar_mode": _modes,
+    "cat": (_one_tensor, None),
+    "index.Tensor": (_negative_index, None),
+    "sum": (_many, None),
+    "eq.Tensor": (_close_integers, None),
+    "ne.Tensor": (_close_integers, None),
+    "gt.Tensor": (_close_integers, None),
+    "ge.Tensor": (_close_integers, None),
+}
