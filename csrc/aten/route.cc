@@ -103,7 +103,8 @@ bool same(const Resolution& a, const Resolution& b) {
 
 // The decision for a slot and a wish; an equal earlier one is used again, so that switching back and forth costs no
 // memory.
-const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
+const Decision* decide(Slot& slot, std::optional<RouteLine> wish) {
+  if (wish && wish->backend == "native") wish->backend = native_name(slot);
   std::vector<Kernel> kernels;
   const auto candidates = candidates_of(slot, kernels);
   auto resolution = resolve(slot.name, wish, candidates);
@@ -117,6 +118,7 @@ const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
   if (decision->kernel && wish && !wish->within.text.empty()) {
     decision->boxed = within_kernel(slot, resolution.backend, wish->within, decision->kernel);
     decision->kernel.typed = nullptr;
+    decision->kernel.passes_on = true;
   } else if (decision->kernel.boxed) {
     decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
   }
@@ -130,14 +132,44 @@ void settle(Slot& slot) {
   update_fast(slot);
 }
 
-Slot& slot_named(Table& t, const std::string& name) {
-  const auto found = t.slots.find(name);
-  if (found != t.slots.end()) return *found->second;
+void check_name(const std::string& name) {
   if (!std::binary_search(operator_names().begin(), operator_names().end(), name)) {
     const auto near = nearest(name, operator_names());
     throw ConfigError("unknown operator '" + name + "'" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
   }
-  throw ConfigError("operator '" + name + "' has no route: it is composed of other operators; route those");
+}
+
+// explain() of an operator without a slot: who serves it, and why no backend is asked.
+Resolution unrouted(const std::string& name) {
+  const auto op = operator_named(name);
+  const auto has = [&](c10::DispatchKey key) { return op && op->hasKernelForDispatchKey(key); };
+  Slot slot;  // what a backend would see
+  slot.name = name;
+  slot.op = op;
+  Resolution result;
+  result.origin = "default";
+  if (has(c10::DispatchKey::PrivateUse1)) {
+    result.steps.push_back({"torch_fl", true, "torch_fl serves it itself, as part of the device; it cannot be routed"});
+  } else if (has(c10::DispatchKey::CompositeImplicitAutograd) || has(c10::DispatchKey::CompositeExplicitAutograd) ||
+             has(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
+    result.steps.push_back({"composite", true, "it is composed of other operators; route those"});
+  } else {
+    result.steps.push_back({"none", false, "no call has reached flagos yet; it gets a route with the first one"});
+  }
+  if (!op) return result;
+  std::vector<Kernel> kernels;
+  for (auto& candidate : candidates_of(slot, kernels)) {
+    if (candidate.usable) candidate.why = "it would not be asked" + (candidate.why.empty() ? "" : ": " + candidate.why);
+    result.steps.push_back({candidate.backend, false, candidate.why});
+  }
+  return result;
+}
+
+Slot& slot_named(Table& t, const std::string& name) {
+  const auto found = t.slots.find(name);
+  if (found != t.slots.end()) return *found->second;
+  check_name(name);
+  throw ConfigError("operator '" + name + "' has no route: " + unrouted(name).steps.front().reason);
 }
 
 // The result's size or a number of it has to be known on the host.
@@ -181,6 +213,14 @@ bool register_backend(Backend backend) {
   return true;
 }
 
+std::string native_name(const Slot& slot) { return slot.compose ? "composite" : platform().chip(); }
+
+std::optional<c10::OperatorHandle> operator_named(const std::string& name) {
+  const auto dot = name.find('.');
+  const auto base = (name.find("::") == std::string::npos ? "aten::" : "") + name.substr(0, dot);
+  return c10::Dispatcher::singleton().findOp({base, dot == std::string::npos ? "" : name.substr(dot + 1)});
+}
+
 std::string plain_name(const c10::OperatorName& name) {
   auto full = c10::toString(name);
   return full.compare(0, 6, "aten::") == 0 ? full.substr(6) : full;
@@ -220,6 +260,32 @@ const Decision& decide_without(Slot& slot, const std::string& backend) {
               " again, and no other backend has a kernel for it");
 }
 
+const Decision& decide_line(Slot& slot, const std::optional<RouteLine>& line) {
+  std::lock_guard<std::mutex> lock(table().mutex);
+  return *decide(slot, line);
+}
+
+void log_dispatch(const std::string& op, const std::string& backend) {
+  if (C10_LIKELY(!logging.load(std::memory_order_relaxed))) return;
+  std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", op.c_str(), backend.c_str());
+}
+
+namespace {
+
+void announce(const std::string& op, const Decision& decision) {
+  if (!decision.kernel.composed && !decision.kernel.passes_on) log_dispatch(op, decision.resolution.backend);
+}
+
+}  // namespace
+
+void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+             torch::jit::Stack* stack) {
+  TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
+  served_by(decision);
+  if (logging.load(std::memory_order_relaxed)) announce(plain_name(op.operator_name()), decision);
+  call_decision(decision, op, keys, stack);
+}
+
 const Decision& take_slow_path(Slot& slot) {
   const Decision* decision = nullptr;
   for (auto frame = thread_routes.frames.rbegin(); frame != thread_routes.frames.rend() && !decision; ++frame) {
@@ -234,9 +300,7 @@ const Decision& take_slow_path(Slot& slot) {
                               platform().chip(), "): ", resolution.error, "; torch_fl.explain('", slot.name,
                               "') shows what was tried");
   TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
-  if (logging.load(std::memory_order_relaxed) && !decision->kernel.composed) {
-    std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", slot.name.c_str(), resolution.backend.c_str());
-  }
+  announce(slot.name, *decision);
   if (sync_mode.load(std::memory_order_relaxed) && synchronizes(slot)) report_synchronizing(slot.name);
   return *decision;
 }
@@ -269,23 +333,25 @@ uint64_t now() {
 }  // namespace
 
 Counted::Counted(const Decision& decision) {
-  if (C10_LIKELY(!counting.load(std::memory_order_relaxed)) || decision.kernel.composed) return;
-  decision_ = &decision;
+  if (C10_LIKELY(!counting.load(std::memory_order_relaxed))) return;
+  decision_ = decision.kernel.composed ? nullptr : &decision;
   outer_ = std::exchange(current_call, this);
   start_ = now();
 }
 
 Counted::~Counted() {
-  if (C10_LIKELY(!decision_)) return;
+  if (C10_LIKELY(!start_)) return;
   const auto elapsed = now() - start_;
-  decision_->calls.fetch_add(1, std::memory_order_relaxed);
-  decision_->nanoseconds.fetch_add(elapsed - std::min(elapsed, nested_), std::memory_order_relaxed);
+  if (decision_) {
+    decision_->calls.fetch_add(1, std::memory_order_relaxed);
+    decision_->nanoseconds.fetch_add(elapsed - std::min(elapsed, nested_), std::memory_order_relaxed);
+  }
   current_call = outer_;
-  if (outer_) outer_->nested_ += elapsed;
+  if (outer_) outer_->nested_ += decision_ ? elapsed : nested_;  // a composition's own time is its caller's
 }
 
 void served_by(const Decision& decision) {
-  if (current_call) current_call->decision_ = &decision;
+  if (current_call) current_call->decision_ = decision.kernel.composed ? nullptr : &decision;
 }
 
 void add_slot(Slot& slot, const c10::OperatorHandle& op) {
@@ -356,7 +422,18 @@ std::vector<RouteView> routes() {
 Resolution explain(const std::string& op) {
   auto& t = table();
   std::lock_guard<std::mutex> lock(t.mutex);
-  return slot_named(t, op).decision.load()->resolution;
+  if (const auto found = t.slots.find(op); found != t.slots.end()) return found->second->decision.load()->resolution;
+  check_name(op);
+  return unrouted(op);
+}
+
+std::vector<Candidate> candidates(const std::string& op, std::string& native_backend) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  const auto& slot = slot_named(t, op);
+  native_backend = native_name(slot);
+  std::vector<Kernel> kernels;
+  return candidates_of(slot, kernels);
 }
 
 std::vector<CallCount> call_counts() {

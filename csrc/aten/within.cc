@@ -17,7 +17,12 @@ void call_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::Dispa
 class WithinCall final : public c10::OperatorKernel {
  public:
   WithinCall(Slot& slot, std::string backend, const Within& within, const Kernel& kernel)
-      : slot_(slot), backend_(std::move(backend)), min_(within.min_numel), max_(within.max_numel), kernel_(kernel) {
+      : slot_(slot),
+        backend_(std::move(backend)),
+        min_(within.min_numel),
+        max_(within.max_numel),
+        otherwise_(within.otherwise),
+        kernel_(kernel) {
     for (int i = 0; i < static_cast<int>(at::ScalarType::NumOptions); ++i) {
       const auto type = static_cast<at::ScalarType>(i);
       const auto name = torch_name(type);
@@ -28,14 +33,10 @@ class WithinCall final : public c10::OperatorKernel {
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    if (C10_LIKELY(holds(op, *stack))) return call_kernel(kernel_, op, keys, stack);
-    const auto* next = next_.load(std::memory_order_acquire);
-    if (!next) {
-      next = &decide_without(slot_, backend_);
-      next_.store(next, std::memory_order_release);
-    }
-    served_by(*next);
-    call_kernel(next->kernel, op, keys, stack);
+    const auto* next = holds(op, *stack) ? nullptr : other();
+    if (next) return pass_on(*next, op, keys, stack);
+    if (!kernel_.passes_on && !kernel_.composed) log_dispatch(slot_.name, backend_);
+    call_kernel(kernel_, op, keys, stack);
   }
 
  private:
@@ -95,12 +96,27 @@ class WithinCall final : public c10::OperatorKernel {
     return right && numel >= min_ && numel <= max_;
   }
 
+  // What serves a call that the conditions do not hold for. After FlagGems' kernels comes the next backend; a native
+  // kernel itself serves what no FlagGems kernel does (nullptr).
+  const Decision* other() {
+    if (!found_.load(std::memory_order_acquire)) {
+      const bool by_line = otherwise_ || backend_ == native_name(slot_);
+      const auto line = otherwise_ ? std::optional<RouteLine>(*otherwise_) : std::nullopt;
+      const auto& next = by_line ? decide_line(slot_, line) : decide_without(slot_, backend_);
+      if (otherwise_ || next.resolution.backend != backend_) next_.store(&next, std::memory_order_relaxed);
+      found_.store(true, std::memory_order_release);
+    }
+    return next_.load(std::memory_order_relaxed);
+  }
+
   Slot& slot_;
   const std::string backend_;
   const int64_t min_, max_;
+  const std::shared_ptr<const RouteLine> otherwise_;
   const Kernel kernel_;
   uint64_t dtypes_ = 0;
   std::atomic<const Decision*> next_{nullptr};
+  std::atomic<bool> found_{false};
 };
 
 }  // namespace
@@ -111,6 +127,7 @@ c10::BoxedKernel within_kernel(Slot& slot, const std::string& backend, const Wit
 
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                    torch::jit::Stack* stack) {
+  if (decision.boxed.isValid()) return decision.boxed.callBoxed(op, keys, stack);
   call_kernel(decision.kernel, op, keys, stack);
 }
 

@@ -151,8 +151,7 @@ void call_next(PythonKernel& kernel, const c10::OperatorHandle& op, c10::Dispatc
     next = &decide_without(slot_of(op), kName);
     kernel.next.store(next, std::memory_order_release);
   }
-  served_by(*next);
-  call_decision(*next, op, keys, stack);
+  pass_on(*next, op, keys, stack);
 }
 
 // ---- calling Python
@@ -313,6 +312,7 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
   }
   auto* function = kernel.function.load(std::memory_order_acquire);
   if (C10_UNLIKELY(!function) && !(function = load(kernel))) return call_again(op, keys, stack);
+  log_dispatch(kernel.name, kName);
   const Running mark(&kernel);
   if (plans_on()) {
     return run_planned(kernel.plans, op, stack,
@@ -339,7 +339,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
   }
   why = found->second->why;
   if (found->second->verdict == Verdict::unusable) return {};
-  return Kernel{nullptr, &run, found->second->verdict != Verdict::right};
+  return Kernel{nullptr, &run, found->second->verdict != Verdict::right, false, true};
 }
 
 FLAGOS_BACKEND(flagos_python, {kName, 10, &available, &kernel});

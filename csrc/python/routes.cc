@@ -48,11 +48,7 @@ std::vector<std::pair<std::string, std::string>> lines_without_effect() {
   };
   for (const auto& line : applied()) {
     if (has_route(line.op)) continue;
-    const auto dot = line.op.find('.');
-    const auto name =
-        line.op.find("::") == std::string::npos ? "aten::" + line.op.substr(0, dot) : line.op.substr(0, dot);
-    const auto op =
-        c10::Dispatcher::singleton().findOp({name, dot == std::string::npos ? "" : line.op.substr(dot + 1)});
+    const auto op = operator_named(line.op);
     using c10::DispatchKey;
     if (op && (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) ||
                op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd))) {
@@ -98,6 +94,13 @@ void bind_routes(py::module_& m) {
     std::vector<std::tuple<std::string, bool, std::string>> rows;
     for (const auto& step : explain(op).steps) rows.emplace_back(step.backend, step.chosen, step.reason);
     return rows;
+  });
+  // ((backend, usable, only by name, why) ..., the name of the native one)
+  m.def("_candidates", [](const std::string& op) {
+    std::vector<std::tuple<std::string, bool, bool, std::string>> rows;
+    std::string native_backend;
+    for (const auto& c : candidates(op, native_backend)) rows.emplace_back(c.backend, c.usable, c.by_name_only, c.why);
+    return std::make_pair(rows, native_backend);
   });
   m.def("_set_route", &set_route_checked, py::arg("op"), py::arg("backend"));
   m.def("_push_thread_route",

@@ -84,10 +84,18 @@ struct Bound {
   }
 };
 
+// The same for a route that looks at the arguments first.
+template <class Op, class Inner>
+void call_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  static const auto kernel = c10::KernelFunction::makeFromUnboxedRuntimeFunction(&Relabel<Op, Inner>::call);
+  kernel.callBoxed(op, keys, stack);
+}
+
 struct Symbol {
   const char* mangled;
-  void** function;                     // Bound<...>::function
-  void* kernel;                        // Relabel<Op, Bound<...>>::call
+  void** function;  // Bound<...>::function
+  void* kernel;     // Relabel<Op, Bound<...>>::call
+  BoxedFunction* boxed;
   const char* by_name_only = nullptr;  // why it does not serve by default
 };
 
@@ -95,7 +103,7 @@ template <class Op, class F>
 Symbol bind(const char* mangled, const char* by_name_only = nullptr) {
   using Inner = Bound<Op, F>;
   return {mangled, reinterpret_cast<void**>(&Inner::function), reinterpret_cast<void*>(&Relabel<Op, Inner>::call),
-          by_name_only};
+          &call_boxed<Op, Inner>, by_name_only};
 }
 
 using at::Scalar;
@@ -196,7 +204,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
   }
   *symbol.function = address;
   if (symbol.by_name_only) why = symbol.by_name_only;
-  return Kernel{symbol.kernel, nullptr, symbol.by_name_only != nullptr};
+  return Kernel{symbol.kernel, symbol.boxed, symbol.by_name_only != nullptr};
 }
 
 FLAGOS_BACKEND(flagos, {"flagos", 5, &available, &kernel});
