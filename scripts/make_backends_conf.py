@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from torch_fl.tuning import choose  # noqa: E402
+from torch_fl.tuning import choose
 
 
 def refusal(data: dict) -> str:

@@ -2,7 +2,6 @@
 #include "csrc/aten/config.h"
 
 #include <algorithm>
-#include <list>
 
 namespace flagos {
 
@@ -149,9 +148,8 @@ std::string nearest(std::string_view word, const std::vector<std::string>& words
 
 std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file, const OpNames& ops) {
   std::vector<RouteLine> lines;
+  std::map<std::string, RouteLine, std::less<>> last;  // an operator's last line so far
   size_t number = 0;
-  std::map<std::string, RouteLine*, std::less<>> last;  // an operator's last line so far
-  std::list<RouteLine> all;
   while (!text.empty()) {
     ++number;
     const auto end = text.find('\n');
@@ -175,22 +173,12 @@ std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file
     }
     auto canonical = checked_backend(trim(backend.substr(0, bracket)), where);
     const auto before = last.find(op);
-    if (before != last.end() && before->second->within.text.empty()) {
-      throw ConfigError(where + ": " + quoted(op) + " has a line already, for every call, at " +
-                        before->second->origin + "; keep one, or give that one conditions");
+    if (before != last.end() && before->second.within.text.empty()) {
+      throw ConfigError(where + ": " + quoted(op) + " has a line already, for every call, at " + before->second.origin +
+                        "; keep one, or give that one conditions");
     }
-    all.push_back({std::string(op), std::move(canonical), where, std::move(within)});
-    last[std::string(op)] = &all.back();
-  }
-  // From behind, so that each line can hold the operator's next one.
-  std::map<std::string_view, std::shared_ptr<const RouteLine>> next;
-  for (auto line = all.rbegin(); line != all.rend(); ++line) {
-    auto& after = next[line->op];
-    line->within.otherwise = after;
-    after = std::make_shared<const RouteLine>(*line);
-  }
-  for (auto& line : all) {
-    if (const auto first = next.extract(line.op)) lines.push_back(*first.mapped());
+    lines.push_back({std::string(op), std::move(canonical), where, std::move(within)});
+    last[std::string(op)] = lines.back();
   }
   return lines;
 }

@@ -6,7 +6,6 @@
 #include <functional>
 #include <limits>
 #include <map>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -14,20 +13,17 @@
 
 namespace flagos {
 
-struct RouteLine;
-
-// Which calls a wish is for; the others go to the operator's next line, or without one to the next backend.
+// Which calls a wish is for; the others go where they would without it.
 struct Within {
   std::vector<std::string> dtypes;                                         // of the first tensor argument; empty: all
   int64_t min_numel = 0, max_numel = std::numeric_limits<int64_t>::max();  // of the largest tensor argument
   std::string text;                                                        // as written; "" when it is for every call
-  std::shared_ptr<const RouteLine> otherwise;                              // the operator's next line
 };
 
 // One wish, with where it comes from ("backends.conf:12", "FLAGOS_OP_mm") for messages.
 struct RouteLine {
   std::string op;       // "add.Tensor", as in the dispatcher without "aten::"
-  std::string backend;  // canonical name; "native" is made the chip's own when the wish is resolved
+  std::string backend;  // canonical name
   std::string origin;
   Within within = {};
 };
@@ -48,8 +44,8 @@ using OpNames = std::vector<std::string>;
 std::string nearest(std::string_view word, const std::vector<std::string>& words);
 
 // Parses "op = backend" and "op = backend [dtype=float16,bfloat16 numel>=4096 numel<=65536]" lines; '#' starts a
-// comment. `file` appears in errors. Several lines for an operator are tried in their order (Within::otherwise holds
-// all but the first); one after a line without conditions is an error, because it would be silently ignored.
+// comment. `file` appears in errors. A later line for the same operator is an error, because one of the two would be
+// silently ignored.
 std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file, const OpNames& ops);
 
 // Takes FLAGOS_OP_<name> from an environment; '.' is spelt "__" in <name>. Other variables are ignored.

@@ -3,21 +3,6 @@
 
 namespace flagos {
 
-namespace {
-
-std::string conditions_of(const RouteLine& wish) {
-  std::string text;
-  if (!wish.within.text.empty()) text = " for calls within " + wish.within.text;
-  for (const auto* line = wish.within.otherwise.get(); line; line = line->within.otherwise.get()) {
-    text += "; others " + line->backend;
-    if (!line->within.text.empty()) text += " within " + line->within.text;
-    text += " (" + line->origin + ")";
-  }
-  return text;
-}
-
-}  // namespace
-
 Resolution resolve(const std::string& op, const std::optional<RouteLine>& wish,
                    const std::vector<Candidate>& candidates) {
   Resolution result;
@@ -34,7 +19,8 @@ Resolution resolve(const std::string& op, const std::optional<RouteLine>& wish,
       why = candidate.why;
       if (candidate.usable) {
         step.chosen = true;
-        step.reason = "asked for by " + wish->origin + conditions_of(*wish);
+        step.reason = "asked for by " + wish->origin;
+        if (!wish->within.text.empty()) step.reason += " for calls within " + wish->within.text;
         result.backend = candidate.backend;
       }
     } else if (!wish && by_default && result.backend.empty()) {

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 
 namespace flagos {
@@ -18,8 +19,9 @@ namespace {
 struct Table {
   std::mutex mutex;  // guards everything below; never held while a kernel runs
   std::map<std::string, Slot*, std::less<>> slots;
-  std::map<std::string, RouteLine, std::less<>> wishes;  // conf and environment
-  std::unordered_map<const void*, Slot*> boxed;          // operators without a typed route, by identity
+  std::map<std::string, std::vector<RouteLine>, std::less<>> wishes;  // conf and environment
+  std::vector<BoxedFunction*> say_it_themselves;
+  std::unordered_map<const void*, Slot*> boxed;  // operators without a typed route, by identity
 };
 
 Table& table() {
@@ -38,6 +40,8 @@ std::atomic<bool> counting{false};
 std::atomic<int> annotating{0};
 std::atomic<int> sync_mode{0};
 std::atomic<int> threads_with_routes{0};
+
+std::atomic<uint64_t> editions{1};  // of conf and environment
 
 struct ThreadRoutes {
   std::vector<std::map<const Slot*, const Decision*>> frames;
@@ -101,13 +105,31 @@ bool same(const Resolution& a, const Resolution& b) {
          std::equal(a.steps.begin(), a.steps.end(), b.steps.begin(), b.steps.end(), equal);
 }
 
-// The decision for a slot and a wish; an equal earlier one is used again, so that switching back and forth costs no
+// What explain() says of the lines after the first.
+std::string others(const std::vector<RouteLine>& lines) {
+  std::string text;
+  for (size_t i = 1; i < lines.size(); ++i) {
+    text += "; others " + lines[i].backend;
+    if (!lines[i].within.text.empty()) text += " within " + lines[i].within.text;
+    text += " (" + lines[i].origin + ")";
+  }
+  return text;
+}
+
+// The decision for a slot and its lines; an equal earlier one is used again, so that switching back and forth costs no
 // memory.
-const Decision* decide(Slot& slot, std::optional<RouteLine> wish) {
-  if (wish && wish->backend == "native") wish->backend = native_name(slot);
+const Decision* decide(Slot& slot, std::vector<RouteLine> lines) {
+  std::optional<RouteLine> wish;
+  if (!lines.empty()) {
+    if (lines.front().backend == "native") lines.front().backend = native_name(slot);
+    wish = lines.front();
+  }
   std::vector<Kernel> kernels;
   const auto candidates = candidates_of(slot, kernels);
   auto resolution = resolve(slot.name, wish, candidates);
+  for (auto& step : resolution.steps) {
+    if (step.chosen) step.reason += others(lines);
+  }
   for (const auto& known : slot.decisions) {
     if (same(known->resolution, resolution)) return known.get();
   }
@@ -116,9 +138,9 @@ const Decision* decide(Slot& slot, std::optional<RouteLine> wish) {
     if (candidates[i].backend == resolution.backend && !resolution.backend.empty()) decision->kernel = kernels[i];
   }
   if (decision->kernel && wish && !wish->within.text.empty()) {
-    decision->boxed = within_kernel(slot, resolution.backend, wish->within, decision->kernel);
+    decision->boxed = within_kernel(slot, lines, decision->kernel);
     decision->kernel.typed = nullptr;
-    decision->kernel.passes_on = true;
+    decision->kernel.boxed = nullptr;
   } else if (decision->kernel.boxed) {
     decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
   }
@@ -128,7 +150,13 @@ const Decision* decide(Slot& slot, std::optional<RouteLine> wish) {
 }
 
 void settle(Slot& slot) {
-  slot.decision.store(decide(slot, slot.wish_api ? slot.wish_api : slot.wish), std::memory_order_release);
+  std::vector<RouteLine> lines;
+  if (slot.wish_api) {
+    lines = {*slot.wish_api};
+  } else if (slot.wish) {
+    lines = table().wishes.at(slot.name);
+  }
+  slot.decision.store(decide(slot, std::move(lines)), std::memory_order_release);
   update_fast(slot);
 }
 
@@ -254,35 +282,39 @@ const Decision& decide_without(Slot& slot, const std::string& backend) {
     if (other.name == backend || !other.available(why)) continue;
     const auto kernel = other.kernel(slot, why);
     if (!kernel || kernel.by_name_only) continue;
-    return *decide(slot, RouteLine{slot.name, other.name, "passed on by the route to " + backend, {}});
+    return *decide(slot, {RouteLine{slot.name, other.name, "passed on by the route to " + backend, {}}});
   }
   TORCH_CHECK(false, "flagos: the ", backend, " kernel of ", slot.name, " calls ", slot.name,
               " again, and no other backend has a kernel for it");
 }
 
-const Decision& decide_line(Slot& slot, const std::optional<RouteLine>& line) {
+const Decision& decide_lines(Slot& slot, const std::vector<RouteLine>& lines) {
   std::lock_guard<std::mutex> lock(table().mutex);
-  return *decide(slot, line);
+  return *decide(slot, lines);
 }
+
+uint64_t edition() { return editions.load(std::memory_order_acquire); }
+
+void says_itself(BoxedFunction* function) { table().say_it_themselves.push_back(function); }
 
 void log_dispatch(const std::string& op, const std::string& backend) {
   if (C10_LIKELY(!logging.load(std::memory_order_relaxed))) return;
   std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", op.c_str(), backend.c_str());
 }
 
-namespace {
-
-void announce(const std::string& op, const Decision& decision) {
-  if (!decision.kernel.composed && !decision.kernel.passes_on) log_dispatch(op, decision.resolution.backend);
+void announce(const std::string& op, const Kernel& kernel, const std::string& backend) {
+  const auto& themselves = table().say_it_themselves;
+  const bool looks = !kernel || std::count(themselves.begin(), themselves.end(), kernel.boxed);
+  if (!looks && !kernel.composed) log_dispatch(op, backend);
 }
-
-}  // namespace
 
 void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
              torch::jit::Stack* stack) {
   TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
   served_by(decision);
-  if (logging.load(std::memory_order_relaxed)) announce(plain_name(op.operator_name()), decision);
+  if (logging.load(std::memory_order_relaxed)) {
+    announce(plain_name(op.operator_name()), decision.kernel, decision.resolution.backend);
+  }
   call_decision(decision, op, keys, stack);
 }
 
@@ -300,7 +332,7 @@ const Decision& take_slow_path(Slot& slot) {
                               platform().chip(), "): ", resolution.error, "; torch_fl.explain('", slot.name,
                               "') shows what was tried");
   TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
-  announce(slot.name, *decision);
+  if (logging.load(std::memory_order_relaxed)) announce(slot.name, decision->kernel, resolution.backend);
   if (sync_mode.load(std::memory_order_relaxed) && synchronizes(slot)) report_synchronizing(slot.name);
   return *decision;
 }
@@ -360,7 +392,7 @@ void add_slot(Slot& slot, const c10::OperatorHandle& op) {
   slot.op = op;
   t.slots.emplace(slot.name, &slot);
   const auto wish = t.wishes.find(slot.name);
-  if (wish != t.wishes.end()) slot.wish = wish->second;
+  if (wish != t.wishes.end()) slot.wish = wish->second.front();
   settle(slot);
 }
 
@@ -368,10 +400,11 @@ void configure(const std::vector<RouteLine>& lines) {
   auto& t = table();
   std::lock_guard<std::mutex> lock(t.mutex);
   t.wishes.clear();
-  for (const auto& line : lines) t.wishes.insert_or_assign(line.op, line);
+  for (const auto& line : lines) t.wishes[line.op].push_back(line);
+  editions.fetch_add(1, std::memory_order_release);
   for (auto& [name, slot] : t.slots) {
     const auto wish = t.wishes.find(name);
-    slot->wish = wish == t.wishes.end() ? std::nullopt : std::optional<RouteLine>(wish->second);
+    slot->wish = wish == t.wishes.end() ? std::nullopt : std::optional<RouteLine>(wish->second.front());
     settle(*slot);
   }
 }
@@ -391,7 +424,7 @@ void push_thread_routes(const std::vector<RouteLine>& lines) {
     std::lock_guard<std::mutex> lock(t.mutex);
     for (const auto& line : lines) {
       auto& slot = slot_named(t, line.op);
-      frame.emplace(&slot, decide(slot, line));
+      frame.emplace(&slot, decide(slot, {line}));
     }
   }
   thread_routes.frames.push_back(std::move(frame));

@@ -36,7 +36,6 @@ struct Kernel {
   BoxedFunction* boxed = nullptr;
   bool by_name_only = false;  // not by default: nobody has proven it right
   bool composed = false;      // torch's composition: the operators it calls are what is logged and counted
-  bool passes_on = false;     // looks at the arguments and may pass_on() a call; says itself who serves it
   explicit operator bool() const { return typed || boxed; }
 };
 
@@ -80,8 +79,6 @@ class Counted {
 };
 // The call under way on this thread is in the end served by another decision.
 void served_by(const Decision& decision);
-// The line of FLAGOS_LOG_DISPATCH, when it is on.
-void log_dispatch(const std::string& op, const std::string& backend);
 
 // One call off the fast path: take_slow_path(), counted, with a range for the profiler as long as the kernel runs.
 class SlowCall {
@@ -151,11 +148,6 @@ void add_slot(Slot& slot, const c10::OperatorHandle& op);
 // Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered
 // again by the operator it implements, or that must not serve a call.
 const Decision& decide_without(Slot& slot, const std::string& backend);
-// The decision that a conf line makes; without one, the default.
-const Decision& decide_line(Slot& slot, const std::optional<RouteLine>& line);
-// Gives a call to another decision's kernel, which the log and the counts then name.
-void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-             torch::jit::Stack* stack);
 // The kernel of a wish that is for some calls only; the others go to the next backend.
 c10::BoxedKernel within_kernel(Slot& slot, const std::string& backend, const Within& within, const Kernel& kernel);
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
@@ -179,10 +171,6 @@ struct RouteView {
 };
 std::vector<RouteView> routes();
 Resolution explain(const std::string& op);
-// Every backend as seen from an operator that has a route, and which of them torch_fl calls native there.
-std::vector<Candidate> candidates(const std::string& op, std::string& native_backend);
-// "native" on this chip, for an operator: its own kernels, or torch's composition where only others serve it whole.
-std::string native_name(const Slot& slot);
 struct CallCount {
   std::string op, backend;
   uint64_t calls, nanoseconds;
@@ -199,9 +187,6 @@ void report_synchronizing(const std::string& op);  // warns or raises as the mod
 
 // "mm.out": the dispatcher's name without "aten::". The one spelling of an operator's name in confs, logs and tables.
 std::string plain_name(const c10::OperatorName& name);
-
-// The operator of such a name.
-std::optional<c10::OperatorHandle> operator_named(const std::string& name);
 
 // Every operator name a line may use, sorted.
 const OpNames& operator_names();

@@ -15,6 +15,7 @@
 
 #include "csrc/aten/backends/flagos/flaggems.h"
 #include "csrc/aten/boxed.h"
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
 #include "csrc/python/bindings.h"
@@ -283,7 +284,8 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
 void call_again(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& slot = slot_of(op);
   const auto& decision = take_slow_path(slot);
-  if (decision.kernel.boxed == &run) {  // a thread's own route, resolved before
+  const bool conditional = !decision.kernel && decision.resolution.backend == kName;
+  if (decision.kernel.boxed == &run || conditional) {  // a thread's own route, resolved before
     TORCH_CHECK(false, "flagos: backend not registered: ", slot.name, " -> ", kName, " (asked for by ",
                 decision.resolution.origin, "): ", unavailable(), "; available for ", slot.name,
                 ": see torch_fl.explain('", slot.name, "')");
@@ -339,7 +341,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
   }
   why = found->second->why;
   if (found->second->verdict == Verdict::unusable) return {};
-  return Kernel{nullptr, &run, found->second->verdict != Verdict::right, false, true};
+  return Kernel{nullptr, &run, found->second->verdict != Verdict::right};
 }
 
 FLAGOS_BACKEND(flagos_python, {kName, 10, &available, &kernel});
@@ -429,6 +431,7 @@ void clear_plans() {
 }  // namespace
 
 void bind_python_kernels(py::module_& m) {
+  says_itself(&run);
   // unavailable: why no Python kernel can run, "" when they can. kernels: op -> (verdict, why, limits), the verdict one
   // of right, unjudged, wrong, unusable. load(op) returns the function, or None after it has declared all of them
   // unavailable. Routes that are already resolved change with the next _configure() or _reconfigure().

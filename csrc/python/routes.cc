@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "csrc/aten/backends/cpu/cpu.h"
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
 #include "csrc/python/bindings.h"
@@ -34,7 +35,11 @@ void configure_from(const std::string& path, const Environment& env) {
     text << file.rdbuf();
     lines = parse_conf(text.str(), path, operator_names());
   }
-  for (auto& line : parse_env(env, operator_names())) lines.push_back(std::move(line));  // later ones win
+  for (auto& line : parse_env(env, operator_names())) {  // beats what the conf says
+    const auto same = [&](const RouteLine& other) { return other.op == line.op; };
+    lines.erase(std::remove_if(lines.begin(), lines.end(), same), lines.end());
+    lines.push_back(std::move(line));
+  }
   configure(lines);
   applied() = std::move(lines);
 }

@@ -7,7 +7,7 @@
 
 #include <chrono>
 
-#include "csrc/aten/route.h"
+#include "csrc/aten/decisions.h"
 #include "csrc/python/bindings.h"
 
 namespace py = pybind11;

@@ -69,6 +69,10 @@ def test_calls(tree):
         same(1, torch.argmax, a)
         same(1, lambda x: x.argmax(1, keepdim=True), a)
         same(1, lambda x: torch.max(x, 1), a)
+    for within, calls in (("[numel>=12]", 1), ("[numel>=999]", 0)):  # a route that looks at the arguments
+        torch_fl.set_route("mm", f"flagos {{within}}")
+        same(calls, torch.mm, a, b)
+    torch_fl.set_route("mm", None)
     out = torch.empty(0, device="flagos")
     before = stub.stub_calls()
     assert torch.mm(a.flagos(), b.flagos(), out=out) is out and torch.equal(out.cpu(), a @ b)

@@ -203,5 +203,5 @@ def test_without_flaggems_there_is_nothing_to_choose(tmp_path):
 
 
 def test_a_clock_that_is_none():
-    with pytest.raises(ValueError, match="wall.*both, host, device"):
+    with pytest.raises(ValueError, match=r"wall.*both, host, device"):
         torch_fl.tune(clock="wall")

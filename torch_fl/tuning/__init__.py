@@ -245,7 +245,7 @@ class Tuned:
         }
 
     def gains(self) -> dict[str, float]:
-        """Time of all measured calls with the chosen routes relative to native, on each clock; 1 when there are none."""
+        """Time of all measured calls with the chosen routes relative to native, on each clock; 1 without calls."""
         totals = {}
         for name in ("host", "device"):
             native = chosen = 0.0
@@ -262,8 +262,8 @@ class Tuned:
         lines = [
             "# Routes chosen by `python -m torch_fl tune` or torch_fl.tune(); load them with FLAGOS_BACKEND_CONFIG.",
             f"# Measured on {self.where['device']} (chip {self.where['chip']}), {versions}.",
-            "# They hold for that device and those versions. Below each operator: calls in the workload, microseconds of",
-            "# one native call, then each backend's time relative to it +- the spread of native against itself.",
+            "# They hold for that device and those versions. Below an operator: calls in the workload, microseconds of one",
+            "# native call, then each backend's time relative to it +- the spread of native against itself.",
         ]
         for op, decision in self.decisions.items():
             lines += ["", *(_line(op, *line) for line in decision.lines)]
@@ -287,9 +287,8 @@ class Tuned:
         for op, decision in self.decisions.items():
             calls = sum(row.calls for row in self.rows if row.op == op)
             route = "; ".join(f"{b} [{c}]" if c else b for b, c in decision.lines) or "default"
-            lines.append(
-                f"{op:<34} {route:<40} {calls:>8} {decision.device:>7.2f} {decision.host:>7.2f}  {decision.why}".rstrip()
-            )
+            figures = f"{calls:>8} {decision.device:>7.2f} {decision.host:>7.2f}"
+            lines.append(f"{op:<34} {route:<40} {figures}  {decision.why}".rstrip())
         lines += [f"{op:<34} {'native, not measured':<40} {why}" for op, why in sorted(self.left_out.items())]
         gains = self.gains()
         lines.append(f"all measured calls: device {gains['device']:.3f}, host {gains['host']:.3f} of native's time")

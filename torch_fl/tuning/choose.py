@@ -158,8 +158,10 @@ def _why_native(rows, won, native) -> str:
 
 
 def portable(rows: list[Row], clock: str) -> str | None:
-    """ "native" when the operator should stay there, None when the default is better: a line that holds on machines with
-    and without FlagGems, and without conditions, so that it costs nothing there."""
+    """The backend for a conf that holds with and without FlagGems: "native", or None where the default is better.
+
+    It knows no conditions, so that it costs nothing where there is no FlagGems.
+    """
     measured = [row for row in rows if not row.why]
     default = rows[0].default
     if default == rows[0].native:

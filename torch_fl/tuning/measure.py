@@ -160,7 +160,9 @@ class Block:
     def __init__(self, func, op: str, sample: Sample, busy: Busy):
         self.op, self.busy = op, busy
         self.args, self.kwargs = copied(sample.args, sample.kwargs)
-        self.written = list(zip(_written(func, self.args, self.kwargs), _written(func, sample.args, sample.kwargs)))
+        self.written = list(
+            zip(_written(func, self.args, self.kwargs), _written(func, sample.args, sample.kwargs), strict=True)
+        )
         self.counts: dict[str, int] = {}  # backend -> calls of a block
         self.hosts: dict[str, float] = {}  # backend -> seconds of the host for a call, when it last ran
         self.first, self.last = (flagos.Event(enable_timing=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Which operators a workload calls, with which arguments: what there is to measure, and a few copies to measure it with.
+"""Which operators a workload calls with which arguments: what there is to measure, and a few copies to do it with.
 
 Only operators that have a choice are noted: at least one FlagGems kernel that is judged right beside the native one.
 The workload is not touched: its calls go where they would go, and what is kept are copies.

@@ -60,7 +60,7 @@ def cos(a):
 
 @kernel("mul.Tensor")
 def mul(a, b):
-    time.sleep(0.02)
+    time.sleep(1e-3)
     return torch.mul(a, b)
 
 
