@@ -52,8 +52,8 @@ def conf(data: dict) -> str:
     lines = [
         "# backends.conf: which backend serves which operator. Used unless FLAGOS_BACKEND_CONFIG names another file.",
         "#",
-        "# One `operator = backend` per line; docs/routing.md has the rules. An operator without a line takes the first",
-        "# backend that has it: FlagGems in C++, in Python where judged right, the chip's own kernels, the CPU.",
+        "# One `operator = backend` per line; docs/routing.md has the rules. Without a line the first backend",
+        "# that has it serves: FlagGems in C++, in Python where judged right, the chip's own kernels, the CPU.",
         "#",
         "# Made by scripts/make_backends_conf.py from benchmarks/tuned.py on",
         f"# {tuning['where']['device']} (chip {tuning['where']['chip']}):",

@@ -24,6 +24,9 @@ void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::Dispa
 // Changes whenever conf and environment are read again: what was decided before may no longer hold.
 uint64_t edition();
 
+// Whether calls are logged or counted.
+bool watched();
+
 // Kernels of this function may pass a call on: they tell the log themselves when they serve one.
 void says_itself(BoxedFunction* function);
 // The line of FLAGOS_LOG_DISPATCH, when it is on.

@@ -295,6 +295,8 @@ const Decision& decide_lines(Slot& slot, const std::vector<RouteLine>& lines) {
 
 uint64_t edition() { return editions.load(std::memory_order_acquire); }
 
+bool watched() { return logging.load(std::memory_order_relaxed) || counting.load(std::memory_order_relaxed); }
+
 void says_itself(BoxedFunction* function) { table().say_it_themselves.push_back(function); }
 
 void log_dispatch(const std::string& op, const std::string& backend) {

@@ -262,8 +262,8 @@ class Tuned:
         lines = [
             "# Routes chosen by `python -m torch_fl tune` or torch_fl.tune(); load them with FLAGOS_BACKEND_CONFIG.",
             f"# Measured on {self.where['device']} (chip {self.where['chip']}), {versions}.",
-            "# They hold for that device and those versions. Below an operator: calls in the workload, microseconds of one",
-            "# native call, then each backend's time relative to it +- the spread of native against itself.",
+            "# They hold for that device and those versions. Below an operator: calls in the workload, microseconds of",
+            "# one native call, then each backend's time relative to it +- the spread of native against itself.",
         ]
         for op, decision in self.decisions.items():
             lines += ["", *(_line(op, *line) for line in decision.lines)]
