@@ -4,8 +4,8 @@
 #     PYTHONPATH=FOLDER scripts/gpu_suite.sh OUTDIR [stage...]
 #
 # FOLDER holds the built package (torch_fl with _C and the libraries); an installed torch_fl serves too. Stages: smoke
-# tests dispatch qwen3 threads memory opdb hal; without any, all of them in that order. STAGE_LIMIT (seconds, default
-# 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next one.
+# tests dispatch qwen3 threads memory opdb hal tuned; without any, all of them in that order. STAGE_LIMIT (seconds,
+# default 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next one.
 # QWEN3_ARGUMENTS and OPDB_ARGUMENTS are passed on, for example QWEN3_ARGUMENTS="--parts decode --rounds 4".
 set -u
 if [ $# -lt 1 ]; then
@@ -17,7 +17,7 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(smoke tests dispatch qwen3 threads memory opdb hal)
+[ ${#stages[@]} -gt 0 ] || stages=(smoke tests dispatch qwen3 threads memory opdb hal tuned)
 limit=${STAGE_LIMIT:-480}
 suite_end=$((SECONDS + ${SUITE_LIMIT:-36000}))
 python=${PYTHON:-python3}
@@ -102,6 +102,11 @@ for name in "${stages[@]}"; do
     ;;
   hal)
     stage hal "$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
+    ;;
+  tuned)
+    size=full
+    [ "$stock" = cpu ] && size=small
+    stage tuned "$python" benchmarks/tuned.py --size $size --out "$out" --limit $inner
     ;;
   *)
     verdict[$name]="no such stage"

@@ -11,7 +11,7 @@ import torch
 
 from torch_fl import flagos, integration, routing
 from torch_fl.tuning import choose, measure
-from torch_fl.tuning.choose import Decision, Row
+from torch_fl.tuning.choose import Row
 from torch_fl.tuning.observe import Group, Observer
 
 _NEVER = f"numel>={2**62}"  # a condition that no call meets
@@ -119,24 +119,29 @@ def _measure_group(group: Group, row: Row, busy) -> None:
     results, calls = [], []
     routes = {backend: backend for backend in group.choice.others}
     for sample in group.samples.values():
-        for backend in list(routes):
-            try:
-                measure.check(group.func, group.op, backend, row.native, sample)
-            except measure.Wrong as error:
-                row.refused[backend] = str(error)
-                if isinstance(error, measure.Different):
-                    row.refused[backend] += f", for {sample.words}"
-                    row.wrong.append(backend)
-                del routes[backend]
-            except torch.AcceleratorError as error:
-                raise _device_lost(group.op, backend, sample, error) from error
         try:
+            _check(group, row, sample, routes)
             results.append(measure.measure(group.func, group.op, row.native, sample, routes, busy))
-        except torch.OutOfMemoryError:
-            row.why = f"no memory for its results: {sample.words}"
+        except torch.AcceleratorError as error:
+            raise _device_lost(sample, error) from error
+        except RuntimeError as error:  # no memory for another result, for example
+            row.why = f"cannot be called again: {measure.first_line(error)}"
             return
         calls.append(sample.calls)
     _combine(row, results, calls)
+
+
+def _check(group: Group, row: Row, sample, routes: dict[str, str]) -> None:
+    """Takes the backends out of `routes` that must not serve the sample."""
+    for backend in list(routes):
+        try:
+            measure.check(group.func, group.op, backend, row.native, sample)
+        except measure.Wrong as error:
+            row.refused[backend] = str(error)
+            if isinstance(error, measure.Different):
+                row.refused[backend] += f", for {sample.words}"
+                row.wrong.append(backend)
+            del routes[backend]
 
 
 def _combine(row: Row, results, calls) -> None:
@@ -182,11 +187,10 @@ def _passing(groups: list[Group], rows: dict[int, Row], clock: str, end: float, 
             )
 
 
-def _device_lost(op, backend, sample, error):
-    first = str(error).strip().split("\n")[0]
+def _device_lost(sample, error):
     return RuntimeError(
-        f"flagos: tune: {sample.words} on {backend} failed on the device: {first}; this process cannot go on; set "
-        f"FLAGOS_OP_{op.replace('.', '__')}=native and tune again"
+        f"flagos: tune: the device failed while {sample.words} was measured, and this process cannot go on: "
+        f"{measure.first_line(error)}; give the operator's FlagGems kernel the verdict wrong and tune again"
     )
 
 
@@ -318,4 +322,4 @@ def _figures(row: Row):
         yield f"{name}: {backend} not taken: {why}"
 
 
-__all__ = ["Decision", "Tuned", "tune", "where"]
+__all__ = ["Tuned", "tune"]

@@ -56,7 +56,7 @@ class Measured:
     refused: dict[str, str] = field(default_factory=dict)  # backend -> why it was not timed
 
 
-def _first_line(error) -> str:
+def first_line(error) -> str:
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
@@ -119,7 +119,7 @@ def check(func, op: str, backend: str, native: str, sample: Sample) -> None:
     except Wrong:
         raise
     except Exception as error:
-        raise Wrong(f"raises {_first_line(error)}") from error
+        raise Wrong(f"raises {first_line(error)}") from error
 
 
 # ---- how fast? -----------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Block:
         self.restore()
         with routed(self.op, backend):
             flagos.synchronize()
-            self.busy(self.hosts[backend] * count)
+            self.busy(1.5 * self.hosts[backend] * count)
             self.first.record()
             host = self.hosts[backend] = _C._repeat(self.op, tuple(self.args), self.kwargs, count) / count
             self.last.record()
@@ -229,7 +229,7 @@ def measure(func, op: str, native: str, sample: Sample, routes: dict[str, str], 
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            result.refused[name] = f"raises {_first_line(error)}"
+            result.refused[name] = f"raises {first_line(error)}"
             continue
         if times > HOPELESS:
             result.refused[name] = f"took {times:.0f} times as long as {native} in a first trial"
