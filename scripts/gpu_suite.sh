@@ -5,11 +5,12 @@
 #
 # FOLDER holds the built package (torch_fl with _C and the libraries); an installed torch_fl serves too. Stages: smoke
 # tests dispatch qwen3 threads memory opdb hal tuned; without any, all of them in that order. STAGE_LIMIT (seconds,
-# default 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next one.
+# default 480) bounds each stage, SUITE_LIMIT all of them; a stage that fails or runs out of time never stops the next
+# one.
 # QWEN3_ARGUMENTS and OPDB_ARGUMENTS are passed on, for example QWEN3_ARGUMENTS="--parts decode --rounds 4".
 set -u
 if [ $# -lt 1 ]; then
-  sed -n '2,9p' "$0"
+  sed -n '2,10p' "$0"
   exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
