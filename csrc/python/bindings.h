@@ -14,7 +14,6 @@ void bind_random(pybind11::module_& m);
 void bind_routes(pybind11::module_& m);
 void bind_python_kernels(pybind11::module_& m);
 void bind_plans(pybind11::module_& m);
-void bind_tuning(pybind11::module_& m);
 void bind_sim(pybind11::module_& m);
 void bind_diagnostics(pybind11::module_& m);
 

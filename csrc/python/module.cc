@@ -98,7 +98,6 @@ PYBIND11_MODULE(_C, m) {
   bind_routes(m);
   bind_python_kernels(m);
   bind_plans(m);
-  bind_tuning(m);
   bind_sim(m);
   bind_diagnostics(m);
 }

@@ -1,7 +1,10 @@
 // routes.cc: the routing table's bindings; torch_fl/routing.py is their face.
-#include <torch/csrc/utils/pybind.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <sstream>
 
@@ -84,6 +87,23 @@ void set_route_checked(const std::string& op, const std::optional<std::string>& 
   set_route(parse_routes({{op, *backend}}, "set_route").front());
 }
 
+// Calls one operator many times, so that what tune() times is its kernel and not Python's way to it. Seconds of the
+// host; results are dropped at once.
+double repeat(const std::string& name, const py::tuple& args, const py::dict& kwargs, int64_t count) {
+  const auto op = operator_named(name);
+  TORCH_CHECK_VALUE(op, "flagos: torch has no operator ", name);
+  const auto stack = torch::jit::createStackForSchema(op->schema(), torch::jit::tuple_slice(args),
+                                                      py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
+  py::gil_scoped_release no_gil;
+  const at::NoGradGuard no_grad;
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < count; ++i) {
+    auto arguments = stack;
+    op->callBoxed(arguments);
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 }  // namespace
 
 void bind_routes(py::module_& m) {
@@ -107,6 +127,8 @@ void bind_routes(py::module_& m) {
     for (const auto& c : candidates(op, native_backend)) rows.emplace_back(c.backend, c.usable, c.by_name_only, c.why);
     return std::make_pair(rows, native_backend);
   });
+  m.def("_repeat", torch::wrap_pybind_function(repeat), py::arg("op"), py::arg("args"), py::arg("kwargs"),
+        py::arg("count"));
   m.def("_set_route", &set_route_checked, py::arg("op"), py::arg("backend"));
   m.def("_push_thread_route",
         [](const std::map<std::string, std::string>& routes) { push_thread_routes(parse_routes(routes, "route")); });
