@@ -1,4 +1,5 @@
 // routes.cc: the routing table's bindings; torch_fl/routing.py is their face.
+#include <ATen/ScalarOps.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
@@ -87,12 +88,30 @@ void set_route_checked(const std::string& op, const std::optional<std::string>& 
   set_route(parse_routes({{op, *backend}}, "set_route").front());
 }
 
+// Numbers in the place of tensors become what torch makes of them.
+py::tuple wrap_numbers(const c10::OperatorHandle& op, const py::tuple& args) {
+  py::tuple wrapped(args.size());
+  for (size_t i = 0; i < args.size(); ++i) {
+    py::object value = args[i];
+    const bool number =
+        py::isinstance<py::int_>(value) || py::isinstance<py::float_>(value) || PyComplex_Check(value.ptr());
+    if (number && i < op.schema().arguments().size() &&
+        op.schema().arguments()[i].type()->kind() == c10::TypeKind::TensorType) {
+      auto tensor = at::scalar_to_tensor(py::cast<c10::Scalar>(value));
+      tensor.unsafeGetTensorImpl()->set_wrapped_number(true);
+      value = py::cast(tensor);
+    }
+    wrapped[i] = value;
+  }
+  return wrapped;
+}
+
 // Calls one operator many times, so that what tune() times is its kernel and not Python's way to it. Seconds of the
 // host; results are dropped at once.
 double repeat(const std::string& name, const py::tuple& args, const py::dict& kwargs, int64_t count) {
   const auto op = operator_named(name);
   TORCH_CHECK_VALUE(op, "flagos: torch has no operator ", name);
-  const auto stack = torch::jit::createStackForSchema(op->schema(), torch::jit::tuple_slice(args),
+  const auto stack = torch::jit::createStackForSchema(op->schema(), torch::jit::tuple_slice(wrap_numbers(*op, args)),
                                                       py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
   py::gil_scoped_release no_gil;
   const at::NoGradGuard no_grad;

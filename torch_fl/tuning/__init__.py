@@ -121,7 +121,7 @@ def _measure_group(group: Group, row: Row, busy) -> None:
     for sample in group.samples.values():
         try:
             _check(group, row, sample, routes)
-            results.append(measure.measure(group.func, group.op, row.native, sample, routes, busy))
+            results.append(measure.measure(group.func, group.op, sample, routes, busy))
         except torch.AcceleratorError as error:
             raise _device_lost(sample, error) from error
         except RuntimeError as error:  # no memory for another result, for example
@@ -135,7 +135,7 @@ def _check(group: Group, row: Row, sample, routes: dict[str, str]) -> None:
     """Takes the backends out of `routes` that must not serve the sample."""
     for backend in list(routes):
         try:
-            measure.check(group.func, group.op, backend, row.native, sample)
+            measure.check(group.func, group.op, backend, sample)
         except measure.Wrong as error:
             row.refused[backend] = str(error)
             if isinstance(error, measure.Different):
@@ -180,7 +180,7 @@ def _passing(groups: list[Group], rows: dict[int, Row], clock: str, end: float, 
                 continue
             sample = max(group.samples.values(), key=lambda s: s.calls)
             routes = {"passing": f"{others[0]} [{_NEVER}]"}
-            result = measure.measure(group.func, op, row.native, sample, routes, busy)
+            result = measure.measure(group.func, op, sample, routes, busy)
             row.passing = result.clocks["passing"][0].ratio if "passing" in result.clocks else float("inf")
             say(
                 f"{op} {row.condition}: native under a route with conditions takes {row.passing:.2f} of the host's time"

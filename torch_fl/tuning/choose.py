@@ -7,7 +7,7 @@ does. With clock="host" or "device" only that one counts.
 
 from dataclasses import asdict, dataclass, field
 
-from torch_fl.tuning.measure import Clock
+from torch_fl.tuning.measure import LEAST_NOISE, Clock
 
 CLOCKS = ("both", "host", "device")
 
@@ -58,7 +58,7 @@ class Decision:
 
 def _wins(host: Clock, device: Clock, clock: str) -> bool:
     counted = [c for name, c in (("host", host), ("device", device)) if clock in (name, "both")]
-    return all(c.ratio <= 1 + c.noise for c in counted) and any(c.ratio < 1 - c.noise for c in counted)
+    return all(c.ratio <= 1 + c.noise for c in counted) and any(c.ratio * (1 + c.noise) < 1 for c in counted)
 
 
 def _score(host: float, device: float, clock: str) -> float:
@@ -150,11 +150,13 @@ def decide(rows: list[Row], clock: str) -> Decision:
 
 
 def _why_native(rows, won, native) -> str:
-    for row in rows:
-        for backend, why in row.refused.items():
-            if not row.clocks:
-                return f"{backend} {why}"
-    return "the gain is within the noise or lost elsewhere" if set(won) != {native} else f"{native} is as fast"
+    gains = [c.ratio for row in rows for pair in row.clocks.values() for c in pair]
+    if set(won) != {native}:
+        return "what some calls gain, others lose"
+    if gains and min(gains) < 1 - LEAST_NOISE:
+        return "faster on one clock at most by the noise, or slower on the other"
+    refused = [f"{backend} {why}" for row in rows for backend, why in row.refused.items() if not gains]
+    return refused[0] if refused else "nothing is faster"
 
 
 def portable(rows: list[Row], clock: str) -> str | None:

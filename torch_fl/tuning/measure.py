@@ -2,8 +2,8 @@
 
 Pairs: in each round every backend runs a block of calls between two blocks of the native one, in alternating order, so
 that what slows the machine down meets all of them. A backend's figure is the median over the rounds of its time
-relative to the native time of its round. The noise is the spread of native against itself: of the ratios of each
-round's two native blocks, the one that nine of ten stay below.
+relative to the native time of its round. The noise is the spread of native against itself: how many times longer one of
+a round's two native blocks took than the other, less one; of all rounds the value that nine of ten stay below.
 
 The device's clock are two events around a block. So that launches do not wait for the host, the device gets something
 to do before the first of them. The host's clock says how long it takes to enqueue a call.
@@ -21,6 +21,7 @@ from torch_fl import _C, debug, flagos, routing
 from torch_fl.tuning.observe import Sample, copied
 
 ROUNDS = 9
+NATIVE = "native"
 LEAST_NOISE = 0.02
 HOPELESS = 10  # times native's time: not worth a pair
 _BLOCK = 2e-3  # seconds that a block should take at least
@@ -101,19 +102,19 @@ def _run(func, sample: Sample):
     return debug._results(args, kwargs, returned, func)
 
 
-def check(func, op: str, backend: str, native: str, sample: Sample) -> None:
+def check(func, op: str, backend: str, sample: Sample) -> None:
     """Raises Wrong unless the backend serves this very call and gives what the native one gives."""
-    with routed(op, native):
+    with routed(op, NATIVE):
         expected = _run(func, sample)
     try:
         with routed(op, backend), routing.count_ops() as counts:
             actual = _run(func, sample)
         if not any(row[:2] == (op, backend) for row in counts.rows()):
             raise Wrong("passes such calls on: they are outside its limits")
-        with routed(op, native):
+        with routed(op, NATIVE):
             for (what, mine), (_, theirs) in zip(actual, expected, strict=True):
                 if words := _difference(mine, theirs):
-                    raise Different(f"differs from {native} in {what}: {words}")
+                    raise Different(f"differs from native in {what}: {words}")
     except torch.AcceleratorError:
         raise
     except Wrong:
@@ -217,11 +218,11 @@ def noise_of(ratios) -> float:
     return max(LEAST_NOISE, spread[int(0.9 * (len(spread) - 1))])
 
 
-def measure(func, op: str, native: str, sample: Sample, routes: dict[str, str], busy: Busy, rounds=ROUNDS) -> Measured:
+def measure(func, op: str, sample: Sample, routes: dict[str, str], busy: Busy, rounds=ROUNDS) -> Measured:
     """Times the routes (name -> backend, perhaps with conditions) against the native backend."""
     result = Measured()
     block = Block(func, op, sample, busy)
-    alone = block.warm(native)
+    alone = block.warm(NATIVE)
     order = []
     for name, backend in routes.items():
         try:
@@ -232,14 +233,14 @@ def measure(func, op: str, native: str, sample: Sample, routes: dict[str, str], 
             result.refused[name] = f"raises {first_line(error)}"
             continue
         if times > HOPELESS:
-            result.refused[name] = f"took {times:.0f} times as long as {native} in a first trial"
+            result.refused[name] = f"took {times:.0f} times as long as native in a first trial"
         else:
             order.append(name)
     natives, ratios = [], {name: [] for name in order}
     for number in range(rounds):
-        before = block(native)
+        before = block(NATIVE)
         mine = {name: block(routes[name]) for name in (reversed(order) if number % 2 else order)}
-        after = block(native)
+        after = block(NATIVE)
         natives.append((before, after))
         for name, seconds in mine.items():
             ratios[name].append([2 * m / (b + a) for m, b, a in zip(seconds, before, after, strict=True)])
