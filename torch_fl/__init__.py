@@ -94,10 +94,14 @@ else:
 
 
 def __getattr__(name):
-    if name == "debug":  # only who debugs pays for its import
+    if name == "debug":  # only who debugs, or tunes, pays for the import
         import importlib
 
         return importlib.import_module("torch_fl.debug")
+    if name == "tune":
+        from torch_fl.tuning import tune
+
+        return tune
     raise AttributeError(f"module 'torch_fl' has no attribute {name!r}")
 
 
@@ -115,4 +119,5 @@ __all__ = [
     "routes",
     "set_route",
     "strict",
+    "tune",
 ]

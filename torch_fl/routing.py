@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch_fl import _C, _env, integration
 
 _chip = ""
+_set: dict[str, str] = {}  # set_route()'s routes as they were given
 
 # The backends that run FlagGems kernels.
 FLAGGEMS_BACKENDS = ("flagos", "flagos_python")
@@ -89,6 +90,15 @@ def explain(op: str) -> Explanation:
 def set_route(op: str, backend: str | None) -> None:
     """Sends `op` to `backend` from now on, in all threads. None takes that back."""
     _C._set_route(op, backend)
+    if backend is None:
+        _set.pop(op, None)
+    else:
+        _set[op] = backend
+
+
+def route_set(op: str) -> str | None:
+    """What set_route() was last told for `op`, with its conditions."""
+    return _set.get(op)
 
 
 @contextlib.contextmanager

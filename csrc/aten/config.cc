@@ -2,7 +2,6 @@
 #include "csrc/aten/config.h"
 
 #include <algorithm>
-#include <set>
 
 namespace flagos {
 
@@ -120,8 +119,8 @@ size_t edit_distance(std::string_view a, std::string_view b, size_t limit) {
 }  // namespace
 
 const std::vector<std::string>& backend_names() {
-  static const std::vector<std::string> names{"flagos", "flagos_python", "cuda",     "metax",          "ascend",
-                                              "host",   "cpu",           "flaggems", "flaggems_python"};
+  static const std::vector<std::string> names{"flagos", "flagos_python", "cuda",   "metax",    "ascend",
+                                              "host",   "cpu",           "native", "flaggems", "flaggems_python"};
   return names;
 }
 
@@ -149,7 +148,7 @@ std::string nearest(std::string_view word, const std::vector<std::string>& words
 
 std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file, const OpNames& ops) {
   std::vector<RouteLine> lines;
-  std::map<std::string, std::string, std::less<>> seen;
+  std::map<std::string, RouteLine, std::less<>> last;  // an operator's last line so far
   size_t number = 0;
   while (!text.empty()) {
     ++number;
@@ -173,12 +172,13 @@ std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file
       within = checked_within(backend.substr(bracket + 1, backend.size() - bracket - 2), where);
     }
     auto canonical = checked_backend(trim(backend.substr(0, bracket)), where);
-    const auto before = seen.find(op);
-    if (before != seen.end()) {
-      throw ConfigError(where + ": " + quoted(op) + " has a line already at " + before->second + "; keep one");
+    const auto before = last.find(op);
+    if (before != last.end() && before->second.within.text.empty()) {
+      throw ConfigError(where + ": " + quoted(op) + " has a line already, for every call, at " + before->second.origin +
+                        "; keep one, or give that one conditions");
     }
-    seen.emplace(op, where);
     lines.push_back({std::string(op), std::move(canonical), where, std::move(within)});
+    last[std::string(op)] = lines.back();
   }
   return lines;
 }

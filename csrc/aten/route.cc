@@ -9,6 +9,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 
 namespace flagos {
@@ -18,8 +19,9 @@ namespace {
 struct Table {
   std::mutex mutex;  // guards everything below; never held while a kernel runs
   std::map<std::string, Slot*, std::less<>> slots;
-  std::map<std::string, RouteLine, std::less<>> wishes;  // conf and environment
-  std::unordered_map<const void*, Slot*> boxed;          // operators without a typed route, by identity
+  std::map<std::string, std::vector<RouteLine>, std::less<>> wishes;  // conf and environment
+  std::vector<BoxedFunction*> say_it_themselves;
+  std::unordered_map<const void*, Slot*> boxed;  // operators without a typed route, by identity
 };
 
 Table& table() {
@@ -38,6 +40,8 @@ std::atomic<bool> counting{false};
 std::atomic<int> annotating{0};
 std::atomic<int> sync_mode{0};
 std::atomic<int> threads_with_routes{0};
+
+std::atomic<uint64_t> editions{1};  // of conf and environment
 
 struct ThreadRoutes {
   std::vector<std::map<const Slot*, const Decision*>> frames;
@@ -101,12 +105,31 @@ bool same(const Resolution& a, const Resolution& b) {
          std::equal(a.steps.begin(), a.steps.end(), b.steps.begin(), b.steps.end(), equal);
 }
 
-// The decision for a slot and a wish; an equal earlier one is used again, so that switching back and forth costs no
+// What explain() says of the lines after the first.
+std::string others(const std::vector<RouteLine>& lines) {
+  std::string text;
+  for (size_t i = 1; i < lines.size(); ++i) {
+    text += "; others " + lines[i].backend;
+    if (!lines[i].within.text.empty()) text += " within " + lines[i].within.text;
+    text += " (" + lines[i].origin + ")";
+  }
+  return text;
+}
+
+// The decision for a slot and its lines; an equal earlier one is used again, so that switching back and forth costs no
 // memory.
-const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
+const Decision* decide(Slot& slot, std::vector<RouteLine> lines) {
+  std::optional<RouteLine> wish;
+  if (!lines.empty()) {
+    if (lines.front().backend == "native") lines.front().backend = native_name(slot);
+    wish = lines.front();
+  }
   std::vector<Kernel> kernels;
   const auto candidates = candidates_of(slot, kernels);
   auto resolution = resolve(slot.name, wish, candidates);
+  for (auto& step : resolution.steps) {
+    if (step.chosen) step.reason += others(lines);
+  }
   for (const auto& known : slot.decisions) {
     if (same(known->resolution, resolution)) return known.get();
   }
@@ -115,8 +138,9 @@ const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
     if (candidates[i].backend == resolution.backend && !resolution.backend.empty()) decision->kernel = kernels[i];
   }
   if (decision->kernel && wish && !wish->within.text.empty()) {
-    decision->boxed = within_kernel(slot, resolution.backend, wish->within, decision->kernel);
+    decision->boxed = within_kernel(slot, lines, decision->kernel);
     decision->kernel.typed = nullptr;
+    decision->kernel.boxed = nullptr;
   } else if (decision->kernel.boxed) {
     decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
   }
@@ -126,18 +150,54 @@ const Decision* decide(Slot& slot, const std::optional<RouteLine>& wish) {
 }
 
 void settle(Slot& slot) {
-  slot.decision.store(decide(slot, slot.wish_api ? slot.wish_api : slot.wish), std::memory_order_release);
+  std::vector<RouteLine> lines;
+  if (slot.wish_api) {
+    lines = {*slot.wish_api};
+  } else if (slot.wish) {
+    lines = table().wishes.at(slot.name);
+  }
+  slot.decision.store(decide(slot, std::move(lines)), std::memory_order_release);
   update_fast(slot);
+}
+
+void check_name(const std::string& name) {
+  if (!std::binary_search(operator_names().begin(), operator_names().end(), name)) {
+    const auto near = nearest(name, operator_names());
+    throw ConfigError("unknown operator '" + name + "'" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
+  }
+}
+
+// explain() of an operator without a slot: who serves it, and why no backend is asked.
+Resolution unrouted(const std::string& name) {
+  const auto op = operator_named(name);
+  const auto has = [&](c10::DispatchKey key) { return op && op->hasKernelForDispatchKey(key); };
+  Slot slot;  // what a backend would see
+  slot.name = name;
+  slot.op = op;
+  Resolution result;
+  result.origin = "default";
+  if (has(c10::DispatchKey::PrivateUse1)) {
+    result.steps.push_back({"torch_fl", true, "torch_fl serves it itself, as part of the device; it cannot be routed"});
+  } else if (has(c10::DispatchKey::CompositeImplicitAutograd) || has(c10::DispatchKey::CompositeExplicitAutograd) ||
+             has(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
+    result.steps.push_back({"composite", true, "it is composed of other operators; route those"});
+  } else {
+    result.steps.push_back({"none", false, "no call has reached flagos yet; it gets a route with the first one"});
+  }
+  if (!op) return result;
+  std::vector<Kernel> kernels;
+  for (auto& candidate : candidates_of(slot, kernels)) {
+    if (candidate.usable) candidate.why = "it would not be asked" + (candidate.why.empty() ? "" : ": " + candidate.why);
+    result.steps.push_back({candidate.backend, false, candidate.why});
+  }
+  return result;
 }
 
 Slot& slot_named(Table& t, const std::string& name) {
   const auto found = t.slots.find(name);
   if (found != t.slots.end()) return *found->second;
-  if (!std::binary_search(operator_names().begin(), operator_names().end(), name)) {
-    const auto near = nearest(name, operator_names());
-    throw ConfigError("unknown operator '" + name + "'" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
-  }
-  throw ConfigError("operator '" + name + "' has no route: it is composed of other operators; route those");
+  check_name(name);
+  throw ConfigError("operator '" + name + "' has no route: " + unrouted(name).steps.front().reason);
 }
 
 // The result's size or a number of it has to be known on the host.
@@ -181,6 +241,14 @@ bool register_backend(Backend backend) {
   return true;
 }
 
+std::string native_name(const Slot& slot) { return slot.compose ? "composite" : platform().chip(); }
+
+std::optional<c10::OperatorHandle> operator_named(const std::string& name) {
+  const auto dot = name.find('.');
+  const auto base = (name.find("::") == std::string::npos ? "aten::" : "") + name.substr(0, dot);
+  return c10::Dispatcher::singleton().findOp({base, dot == std::string::npos ? "" : name.substr(dot + 1)});
+}
+
 std::string plain_name(const c10::OperatorName& name) {
   auto full = c10::toString(name);
   return full.compare(0, 6, "aten::") == 0 ? full.substr(6) : full;
@@ -214,10 +282,42 @@ const Decision& decide_without(Slot& slot, const std::string& backend) {
     if (other.name == backend || !other.available(why)) continue;
     const auto kernel = other.kernel(slot, why);
     if (!kernel || kernel.by_name_only) continue;
-    return *decide(slot, RouteLine{slot.name, other.name, "passed on by the route to " + backend, {}});
+    return *decide(slot, {RouteLine{slot.name, other.name, "passed on by the route to " + backend, {}}});
   }
   TORCH_CHECK(false, "flagos: the ", backend, " kernel of ", slot.name, " calls ", slot.name,
               " again, and no other backend has a kernel for it");
+}
+
+const Decision& decide_lines(Slot& slot, const std::vector<RouteLine>& lines) {
+  std::lock_guard<std::mutex> lock(table().mutex);
+  return *decide(slot, lines);
+}
+
+uint64_t edition() { return editions.load(std::memory_order_acquire); }
+
+bool watched() { return logging.load(std::memory_order_relaxed) || counting.load(std::memory_order_relaxed); }
+
+void says_itself(BoxedFunction* function) { table().say_it_themselves.push_back(function); }
+
+void log_dispatch(const std::string& op, const std::string& backend) {
+  if (C10_LIKELY(!logging.load(std::memory_order_relaxed))) return;
+  std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", op.c_str(), backend.c_str());
+}
+
+void announce(const std::string& op, const Kernel& kernel, const std::string& backend) {
+  const auto& themselves = table().say_it_themselves;
+  const bool looks = !kernel || std::count(themselves.begin(), themselves.end(), kernel.boxed);
+  if (!looks && !kernel.composed) log_dispatch(op, backend);
+}
+
+void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+             torch::jit::Stack* stack) {
+  TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
+  served_by(decision);
+  if (logging.load(std::memory_order_relaxed)) {
+    announce(plain_name(op.operator_name()), decision.kernel, decision.resolution.backend);
+  }
+  call_decision(decision, op, keys, stack);
 }
 
 const Decision& take_slow_path(Slot& slot) {
@@ -234,9 +334,7 @@ const Decision& take_slow_path(Slot& slot) {
                               platform().chip(), "): ", resolution.error, "; torch_fl.explain('", slot.name,
                               "') shows what was tried");
   TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
-  if (logging.load(std::memory_order_relaxed) && !decision->kernel.composed) {
-    std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", slot.name.c_str(), resolution.backend.c_str());
-  }
+  if (logging.load(std::memory_order_relaxed)) announce(slot.name, decision->kernel, resolution.backend);
   if (sync_mode.load(std::memory_order_relaxed) && synchronizes(slot)) report_synchronizing(slot.name);
   return *decision;
 }
@@ -269,23 +367,25 @@ uint64_t now() {
 }  // namespace
 
 Counted::Counted(const Decision& decision) {
-  if (C10_LIKELY(!counting.load(std::memory_order_relaxed)) || decision.kernel.composed) return;
-  decision_ = &decision;
+  if (C10_LIKELY(!counting.load(std::memory_order_relaxed))) return;
+  decision_ = decision.kernel.composed ? nullptr : &decision;
   outer_ = std::exchange(current_call, this);
   start_ = now();
 }
 
 Counted::~Counted() {
-  if (C10_LIKELY(!decision_)) return;
+  if (C10_LIKELY(!start_)) return;
   const auto elapsed = now() - start_;
-  decision_->calls.fetch_add(1, std::memory_order_relaxed);
-  decision_->nanoseconds.fetch_add(elapsed - std::min(elapsed, nested_), std::memory_order_relaxed);
+  if (decision_) {
+    decision_->calls.fetch_add(1, std::memory_order_relaxed);
+    decision_->nanoseconds.fetch_add(elapsed - std::min(elapsed, nested_), std::memory_order_relaxed);
+  }
   current_call = outer_;
-  if (outer_) outer_->nested_ += elapsed;
+  if (outer_) outer_->nested_ += decision_ ? elapsed : nested_;  // a composition's own time is its caller's
 }
 
 void served_by(const Decision& decision) {
-  if (current_call) current_call->decision_ = &decision;
+  if (current_call) current_call->decision_ = decision.kernel.composed ? nullptr : &decision;
 }
 
 void add_slot(Slot& slot, const c10::OperatorHandle& op) {
@@ -294,7 +394,7 @@ void add_slot(Slot& slot, const c10::OperatorHandle& op) {
   slot.op = op;
   t.slots.emplace(slot.name, &slot);
   const auto wish = t.wishes.find(slot.name);
-  if (wish != t.wishes.end()) slot.wish = wish->second;
+  if (wish != t.wishes.end()) slot.wish = wish->second.front();
   settle(slot);
 }
 
@@ -302,10 +402,11 @@ void configure(const std::vector<RouteLine>& lines) {
   auto& t = table();
   std::lock_guard<std::mutex> lock(t.mutex);
   t.wishes.clear();
-  for (const auto& line : lines) t.wishes.insert_or_assign(line.op, line);
+  for (const auto& line : lines) t.wishes[line.op].push_back(line);
+  editions.fetch_add(1, std::memory_order_release);
   for (auto& [name, slot] : t.slots) {
     const auto wish = t.wishes.find(name);
-    slot->wish = wish == t.wishes.end() ? std::nullopt : std::optional<RouteLine>(wish->second);
+    slot->wish = wish == t.wishes.end() ? std::nullopt : std::optional<RouteLine>(wish->second.front());
     settle(*slot);
   }
 }
@@ -325,7 +426,7 @@ void push_thread_routes(const std::vector<RouteLine>& lines) {
     std::lock_guard<std::mutex> lock(t.mutex);
     for (const auto& line : lines) {
       auto& slot = slot_named(t, line.op);
-      frame.emplace(&slot, decide(slot, line));
+      frame.emplace(&slot, decide(slot, {line}));
     }
   }
   thread_routes.frames.push_back(std::move(frame));
@@ -356,7 +457,18 @@ std::vector<RouteView> routes() {
 Resolution explain(const std::string& op) {
   auto& t = table();
   std::lock_guard<std::mutex> lock(t.mutex);
-  return slot_named(t, op).decision.load()->resolution;
+  if (const auto found = t.slots.find(op); found != t.slots.end()) return found->second->decision.load()->resolution;
+  check_name(op);
+  return unrouted(op);
+}
+
+std::vector<Candidate> candidates(const std::string& op, std::string& native_backend) {
+  auto& t = table();
+  std::lock_guard<std::mutex> lock(t.mutex);
+  const auto& slot = slot_named(t, op);
+  native_backend = native_name(slot);
+  std::vector<Kernel> kernels;
+  return candidates_of(slot, kernels);
 }
 
 std::vector<CallCount> call_counts() {

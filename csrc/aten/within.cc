@@ -1,7 +1,7 @@
 // within.cc: routes that are for some calls only: "silu = flagos_python [dtype=float16 numel>=4096]" (config.h).
 #include <algorithm>
 
-#include "csrc/aten/route.h"
+#include "csrc/aten/decisions.h"
 
 namespace flagos {
 
@@ -16,26 +16,26 @@ void call_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::Dispa
 // The conditions of a wish, against the arguments of a call.
 class WithinCall final : public c10::OperatorKernel {
  public:
-  WithinCall(Slot& slot, std::string backend, const Within& within, const Kernel& kernel)
-      : slot_(slot), backend_(std::move(backend)), min_(within.min_numel), max_(within.max_numel), kernel_(kernel) {
+  WithinCall(Slot& slot, const std::vector<RouteLine>& lines, const Kernel& kernel)
+      : slot_(slot),
+        backend_(lines.front().backend),
+        within_(lines.front().within),
+        rest_(lines.begin() + 1, lines.end()),
+        kernel_(kernel) {
     for (int i = 0; i < static_cast<int>(at::ScalarType::NumOptions); ++i) {
       const auto type = static_cast<at::ScalarType>(i);
       const auto name = torch_name(type);
-      if (within.dtypes.empty() || std::count(within.dtypes.begin(), within.dtypes.end(), name)) {
+      if (within_.dtypes.empty() || std::count(within_.dtypes.begin(), within_.dtypes.end(), name)) {
         dtypes_ |= uint64_t{1} << i;
       }
     }
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    if (C10_LIKELY(holds(op, *stack))) return call_kernel(kernel_, op, keys, stack);
-    const auto* next = next_.load(std::memory_order_acquire);
-    if (!next) {
-      next = &decide_without(slot_, backend_);
-      next_.store(next, std::memory_order_release);
-    }
-    served_by(*next);
-    call_kernel(next->kernel, op, keys, stack);
+    const auto* next = holds(op, *stack) ? nullptr : other();
+    if (next) return pass_on(*next, op, keys, stack);
+    announce(slot_.name, kernel_, backend_);
+    call_kernel(kernel_, op, keys, stack);
   }
 
  private:
@@ -92,25 +92,42 @@ class WithinCall final : public c10::OperatorKernel {
         for (const at::Tensor& t : stack[i].toTensorList()) see(t);
       }
     }
-    return right && numel >= min_ && numel <= max_;
+    return right && numel >= within_.min_numel && numel <= within_.max_numel;
+  }
+
+  // What serves a call that the conditions do not hold for. After FlagGems' kernels comes the next backend; a native
+  // kernel itself serves what no FlagGems kernel does (nullptr).
+  const Decision* other() {
+    const auto now = edition();
+    if (C10_UNLIKELY(edition_.load(std::memory_order_acquire) != now)) {
+      const bool by_lines = !rest_.empty() || backend_ == native_name(slot_);
+      const auto& next = by_lines ? decide_lines(slot_, rest_) : decide_without(slot_, backend_);
+      const bool itself = rest_.empty() && next.resolution.backend == backend_;
+      next_.store(itself ? nullptr : &next, std::memory_order_relaxed);
+      edition_.store(now, std::memory_order_release);
+    }
+    return next_.load(std::memory_order_relaxed);
   }
 
   Slot& slot_;
   const std::string backend_;
-  const int64_t min_, max_;
+  const Within within_;
+  const std::vector<RouteLine> rest_;
   const Kernel kernel_;
   uint64_t dtypes_ = 0;
   std::atomic<const Decision*> next_{nullptr};
+  std::atomic<uint64_t> edition_{0};
 };
 
 }  // namespace
 
-c10::BoxedKernel within_kernel(Slot& slot, const std::string& backend, const Within& within, const Kernel& kernel) {
-  return c10::BoxedKernel::makeFromFunctor(std::make_unique<WithinCall>(slot, backend, within, kernel));
+c10::BoxedKernel within_kernel(Slot& slot, const std::vector<RouteLine>& lines, const Kernel& kernel) {
+  return c10::BoxedKernel::makeFromFunctor(std::make_unique<WithinCall>(slot, lines, kernel));
 }
 
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                    torch::jit::Stack* stack) {
+  if (decision.boxed.isValid()) return decision.boxed.callBoxed(op, keys, stack);
   call_kernel(decision.kernel, op, keys, stack);
 }
 

@@ -15,6 +15,7 @@
 
 #include "csrc/aten/backends/flagos/flaggems.h"
 #include "csrc/aten/boxed.h"
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
 #include "csrc/python/bindings.h"
@@ -153,8 +154,7 @@ void call_next(PythonKernel& kernel, const c10::OperatorHandle& op, c10::Dispatc
     next = &decide_without(slot_of(op), kName);
     kernel.next.store(next, std::memory_order_release);
   }
-  served_by(*next);
-  call_decision(*next, op, keys, stack);
+  pass_on(*next, op, keys, stack);
 }
 
 // ---- calling Python
@@ -286,7 +286,8 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
 void call_again(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& slot = slot_of(op);
   const auto& decision = take_slow_path(slot);
-  if (decision.kernel.boxed == &run) {  // a thread's own route, resolved before
+  const bool conditional = !decision.kernel && decision.resolution.backend == kName;
+  if (decision.kernel.boxed == &run || conditional) {  // a thread's own route, resolved before
     TORCH_CHECK(false, "flagos: backend not registered: ", slot.name, " -> ", kName, " (asked for by ",
                 decision.resolution.origin, "): ", unavailable(), "; available for ", slot.name,
                 ": see torch_fl.explain('", slot.name, "')");
@@ -315,6 +316,7 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
   }
   auto* function = kernel.function.load(std::memory_order_acquire);
   if (C10_UNLIKELY(!function) && !(function = load(kernel))) return call_again(op, keys, stack);
+  log_dispatch(kernel.name, kName);
   const Running mark(&kernel);
   if (plans_on()) {
     return run_planned(kernel.plans, op, stack,
@@ -433,6 +435,7 @@ void clear_plans() {
 }  // namespace
 
 void bind_python_kernels(py::module_& m) {
+  says_itself(&run);
   // unavailable: why no Python kernel can run, "" when they can. kernels: op -> (verdict, why, limits), the verdict one
   // of right, unjudged, wrong, unusable. load(op) returns the function, or None after it has declared all of them
   // unavailable. Routes that are already resolved change with the next _configure() or _reconfigure().

@@ -1,11 +1,16 @@
 // routes.cc: the routing table's bindings; torch_fl/routing.py is their face.
-#include <torch/csrc/utils/pybind.h>
+#include <ATen/ScalarOps.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <sstream>
 
 #include "csrc/aten/backends/cpu/cpu.h"
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 #include "csrc/aten/route.h"
 #include "csrc/python/bindings.h"
@@ -34,7 +39,11 @@ void configure_from(const std::string& path, const Environment& env) {
     text << file.rdbuf();
     lines = parse_conf(text.str(), path, operator_names());
   }
-  for (auto& line : parse_env(env, operator_names())) lines.push_back(std::move(line));  // later ones win
+  for (auto& line : parse_env(env, operator_names())) {  // beats what the conf says
+    const auto same = [&](const RouteLine& other) { return other.op == line.op; };
+    lines.erase(std::remove_if(lines.begin(), lines.end(), same), lines.end());
+    lines.push_back(std::move(line));
+  }
   configure(lines);
   applied() = std::move(lines);
 }
@@ -48,11 +57,7 @@ std::vector<std::pair<std::string, std::string>> lines_without_effect() {
   };
   for (const auto& line : applied()) {
     if (has_route(line.op)) continue;
-    const auto dot = line.op.find('.');
-    const auto name =
-        line.op.find("::") == std::string::npos ? "aten::" + line.op.substr(0, dot) : line.op.substr(0, dot);
-    const auto op =
-        c10::Dispatcher::singleton().findOp({name, dot == std::string::npos ? "" : line.op.substr(dot + 1)});
+    const auto op = operator_named(line.op);
     using c10::DispatchKey;
     if (op && (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) ||
                op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd))) {
@@ -83,6 +88,41 @@ void set_route_checked(const std::string& op, const std::optional<std::string>& 
   set_route(parse_routes({{op, *backend}}, "set_route").front());
 }
 
+// Numbers in the place of tensors become what torch makes of them.
+py::tuple wrap_numbers(const c10::OperatorHandle& op, const py::tuple& args) {
+  py::tuple wrapped(args.size());
+  for (size_t i = 0; i < args.size(); ++i) {
+    py::object value = args[i];
+    const bool number =
+        py::isinstance<py::int_>(value) || py::isinstance<py::float_>(value) || PyComplex_Check(value.ptr());
+    if (number && i < op.schema().arguments().size() &&
+        op.schema().arguments()[i].type()->kind() == c10::TypeKind::TensorType) {
+      auto tensor = at::scalar_to_tensor(py::cast<c10::Scalar>(value));
+      tensor.unsafeGetTensorImpl()->set_wrapped_number(true);
+      value = py::cast(tensor);
+    }
+    wrapped[i] = value;
+  }
+  return wrapped;
+}
+
+// Calls one operator many times, so that what tune() times is its kernel and not Python's way to it. Seconds of the
+// host; results are dropped at once.
+double repeat(const std::string& name, const py::tuple& args, const py::dict& kwargs, int64_t count) {
+  const auto op = operator_named(name);
+  TORCH_CHECK_VALUE(op, "flagos: torch has no operator ", name);
+  const auto stack = torch::jit::createStackForSchema(op->schema(), torch::jit::tuple_slice(wrap_numbers(*op, args)),
+                                                      py::reinterpret_borrow<py::kwargs>(kwargs), std::nullopt);
+  py::gil_scoped_release no_gil;
+  const at::NoGradGuard no_grad;
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < count; ++i) {
+    auto arguments = stack;
+    op->callBoxed(arguments);
+  }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 }  // namespace
 
 void bind_routes(py::module_& m) {
@@ -99,6 +139,15 @@ void bind_routes(py::module_& m) {
     for (const auto& step : explain(op).steps) rows.emplace_back(step.backend, step.chosen, step.reason);
     return rows;
   });
+  // ((backend, usable, only by name, why) ..., the name of the native one)
+  m.def("_candidates", [](const std::string& op) {
+    std::vector<std::tuple<std::string, bool, bool, std::string>> rows;
+    std::string native_backend;
+    for (const auto& c : candidates(op, native_backend)) rows.emplace_back(c.backend, c.usable, c.by_name_only, c.why);
+    return std::make_pair(rows, native_backend);
+  });
+  m.def("_repeat", torch::wrap_pybind_function(repeat), py::arg("op"), py::arg("args"), py::arg("kwargs"),
+        py::arg("count"));
   m.def("_set_route", &set_route_checked, py::arg("op"), py::arg("backend"));
   m.def("_push_thread_route",
         [](const std::map<std::string, std::string>& routes) { push_thread_routes(parse_routes(routes, "route")); });

@@ -1,6 +1,7 @@
 """The backend flagos (FlagGems' C++ library) against a stand-in with the same exported signatures, without a GPU."""
 
 import ctypes
+import re
 import subprocess
 import textwrap
 from pathlib import Path
@@ -72,6 +73,10 @@ def test_calls(tree):
         same(1, torch.argmax, a)
         same(1, lambda x: x.argmax(1, keepdim=True), a)
         same(1, lambda x: torch.max(x, 1), a)
+    for within, calls in (("[numel>=12]", 1), ("[numel>=999]", 0)):  # a route that looks at the arguments
+        torch_fl.set_route("mm", f"flagos {{within}}")
+        same(calls, torch.mm, a, b)
+    torch_fl.set_route("mm", None)
     out = torch.empty(0, device="flagos")
     before = stub.stub_calls()
     assert torch.mm(a.flagos(), b.flagos(), out=out) is out and torch.equal(out.cpu(), a @ b)
@@ -112,6 +117,23 @@ def test_serves_by_default_and_logs(tree):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "[flagos dispatch] mm -> flagos\n" in result.stderr
     assert f"[flagos dispatch] _softmax -> {torch_fl.chip()}\n" in result.stderr
+
+
+def test_the_log_and_the_counts_name_who_serves(tree):
+    code = """
+    import torch, torch_fl
+    x = torch.ones(4, 4, device="flagos")
+    for y in (x, x.double()):
+        torch.mm(y, y)
+    with torch_fl.count_ops() as counts:
+        torch.mm(x, x), torch.mm(y, y), torch.mm(y, y)
+    print(sorted(row for row in counts.rows() if row[0] == "mm"))
+    """
+    result = run_python(code, FLAGGEMS_DIR=str(tree), FLAGOS_LOG_DISPATCH="1")
+    chip = torch_fl.chip()
+    served = re.findall(r"dispatch\] mm -> (\w+)", result.stderr)
+    assert served == ["flagos", chip, "flagos", chip, chip], result.stderr[-2000:]
+    assert result.stdout == f"[('mm', 'flagos', 1), ('mm', '{chip}', 2)]\n"
 
 
 def test_refused_operator_asked_for_by_name(tree):

@@ -61,6 +61,30 @@ def test_log_line_and_alias():
     assert "[flagos dispatch] mm -> flagos_python\n" in result.stderr and result.stdout == "[[2.0, 2.0], [2.0, 2.0]]\n"
 
 
+def test_the_log_names_who_serves():
+    """Calls outside a kernel's limits or a route's conditions, and operators that a kernel calls again."""
+    code = """
+    import torch, torch_fl
+    x, y = torch.ones(2, 2, device="flagos"), torch.ones(9, device="flagos")
+    torch.sqrt(x), torch.sqrt(x.double()), torch.sqrt(x.t()[:, :1])
+    torch.nn.functional.silu(x), torch.nn.functional.silu(y)
+    torch.abs(x)
+    """
+    result = run_python(
+        code, **environment(FLAGOS_LOG_DISPATCH="1", FLAGOS_OP_abs="native", FLAGOS_OP_silu="flagos_python")
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    chip = torch_fl.chip()
+    served = re.findall(r"dispatch\] (sqrt|silu|abs)\S* -> (\w+)", result.stderr)
+    assert served == [
+        ("sqrt", "flagos_python"),
+        ("sqrt", chip),
+        ("sqrt", chip),
+        *[("silu", "flagos_python"), ("silu", chip)] * 2,
+        ("abs", chip),
+    ], served
+
+
 def test_nothing_is_used_without_verdicts():
     out = check_python(
         "import sys, torch_fl\nprint(torch_fl.is_flaggems_enabled(), 'flag_gems' in sys.modules)\n"

@@ -50,6 +50,51 @@ def test_explain_shows_every_step():
     assert "mm" in repr(explanation) and "->" in repr(explanation)
 
 
+@pytest.mark.parametrize(
+    ("op", "server", "words"),
+    [("matmul", "composite", "composed of other operators"), ("view", "torch_fl", "part of the device")],
+)
+def test_explain_without_a_route(op, server, words):
+    """An operator that has no place in the table still says who serves it, and why FlagGems is not asked."""
+    steps = torch_fl.explain(op)
+    assert [step.backend for step in steps if step.chosen] == [server] and words in steps[0].reason
+    assert {"flagos", "flagos_python"} <= {step.backend for step in steps} and all(step.reason for step in steps)
+    with pytest.raises(ValueError, match=f"'{op}' has no route: .*{words}"):
+        torch_fl.set_route(op, "cpu")
+
+
+def test_native_names_the_chips_own_kernels(mul, device):
+    torch_fl.set_route(mul, "native")
+    assert next(r.backend for r in torch_fl.routes() if r.op == mul) == native()
+    torch_fl.set_route(mul, "native [numel>=5]")  # native serves the others too, not the CPU
+    torch_fl.fallbacks(reset=True)
+    x = torch.ones(2, device=device)
+    with torch_fl.count_ops() as counts:
+        assert (x * 2).tolist() == [2, 2]
+    assert (mul, native(), 1) in counts.rows() and torch_fl.fallbacks() == {}
+
+
+def test_several_lines_for_an_operator(tmp_path):
+    """The first line that holds serves; the log names the backend that does."""
+    conf = tmp_path / "my.conf"
+    conf.write_text("mm = cpu [numel<=3]\nmm = native [dtype=float64]\nmm = cpu [numel>=9]\nmm = metax\n")
+    code = """
+    import torch, torch_fl
+    for x in (torch.ones(1, 1), torch.ones(1, 2).double(), torch.ones(3, 3), torch.ones(2, 2)):
+        try:
+            torch.mm(x.flagos(), x.t().flagos())
+        except RuntimeError as error:
+            print(str(error).split(chr(10))[0])
+    print(torch_fl.explain("mm"))
+    """
+    result = run_python(code, FLAGOS_BACKEND_CONFIG=str(conf), FLAGOS_LOG_DISPATCH="1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    served = re.findall(r"dispatch\] mm -> (\w+)", result.stderr)
+    assert served == ["cpu", native(), "cpu"], served
+    assert "backend not registered: mm -> metax" in result.stdout and f"{conf}:4" in result.stdout
+    assert "for calls within numel<=3; others native within dtype=float64" in result.stdout
+
+
 def test_explain_unknown_operator_names_the_nearest():
     with pytest.raises((ValueError, RuntimeError, KeyError), match=r"add.Tensr.*add.Tensor"):
         torch_fl.explain("add.Tensr")

@@ -1,10 +1,16 @@
 """The judgement of the benchmarks: what a result file says when the devices differ, fail or run out of time."""
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 
+import make_backends_conf
 import pytest
 
-from benchmarks import common, dispatch, memory, qwen3, threads
+import torch_fl
+from benchmarks import common, dispatch, memory, qwen3, threads, tuned
 
 
 def speed(device, value, tokens=(1, 2, 3)):
@@ -144,3 +150,76 @@ def test_the_operator_of_another_library_is_left_out_of_the_medians():
     summary = dispatch.summarize(rows, 3)
     assert summary["operators"] == 1 and summary["median_pairs"] == 0.9 and summary["third_party"] == 2.0
     assert "median_pairs" not in dispatch.summarize({}, 3)
+
+
+# ---- tuned routes --------------------------------------------------------------------------------------------------
+
+
+def outcome(losses=(2.0, 1.0), tokens=(1, 2)):
+    return {"losses": list(losses), "tokens": list(tokens)}
+
+
+def test_tokens_and_losses_of_a_set_of_routes_are_judged():
+    good = tuned.judge(outcome((2.01, 1.0)), outcome(), 0.1)
+    assert good["tokens_plausible"] and good["losses_within_tolerance"] and good["loss_apart"] == 0.005
+    assert not tuned.judge(outcome((2.0, 1.1)), outcome(), 0.1)["losses_within_tolerance"]
+    wrong = tuned.judge(outcome(tokens=(7, 7)), outcome(), 4.0)
+    assert not wrong["tokens_plausible"] and not wrong["tokens_equal"]
+
+
+def tuned_result(ratio=1.02, plausible=True, default="flagos_python"):
+    def row(op, ratio):
+        clocks = {"flagos_python": [{"ratio": ratio, "noise": 0.02}] * 2}
+        values = {"native": "cuda", "default": default, "host": 1e-5, "device": 1e-5, "clocks": clocks, "refused": {}}
+        return {"op": op, "dtype": "bfloat16", "low": 8, "high": 63, "calls": 4, **values, "wrong": []}
+
+    return {
+        "tuning": {
+            "where": {"device": "Some GPU", "chip": "cuda", "torch": "2.11.0"},
+            "clock": "both",
+            "left_out": {"normal_": "draws random numbers"},
+            "rows": [row("silu", 0.5), row("mm", 2.0)],
+        },
+        "verify": {"tuned": {"tokens_plausible": plausible, "losses_within_tolerance": True}},
+        "parts": {"prefill": {"native": {"spread": 0.01}, "tuned": {"ratio": ratio}}},
+    }
+
+
+def test_the_shipped_conf_is_made_of_a_measurement():
+    lines = make_backends_conf.conf(tuned_result()).splitlines()
+    routes = [line for line in lines if not line.startswith("#") and line]
+    assert routes == ["mm = native", "normal_ = native"]
+    assert "#   silu" in lines and any("Some GPU" in line for line in lines) and any("1.02" in line for line in lines)
+
+
+def test_no_conf_is_made_of_a_bad_measurement():
+    assert make_backends_conf.refusal(tuned_result()) == ""
+    assert "slower than native: prefill 0.95" in make_backends_conf.refusal(tuned_result(ratio=0.95))
+    assert make_backends_conf.refusal(tuned_result(ratio=0.995)) == "", "within native's own spread"
+    assert "not verified" in make_backends_conf.refusal(tuned_result(plausible=False))
+    assert "tuner" in make_backends_conf.refusal({"parts": {}})
+
+
+@pytest.mark.skipif(torch_fl.chip() != "host", reason="tries the benchmark where there is no accelerator")
+def test_the_benchmark_of_tuned_routes_runs(tmp_path):
+    """At a tiny size, with the stand-in kernels of test_tune: numbers mean nothing, the file must be complete."""
+    pytest.importorskip("transformers", reason="transformers is not installed (requirements/demo.txt)")
+    stub = common.ROOT / "tests/common/stub_tune_gems"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(stub), str(common.ROOT)]),
+        "GEMS_VENDOR": "nvidia",
+        "FLAGOS_FLAGGEMS_VERDICTS": str(stub / "benchmark.json"),
+    }
+    command = [sys.executable, str(common.ROOT / "benchmarks/tuned.py"), "--size", "small", "--out", str(tmp_path)]
+    command += ["--limit", "60", "--tune-budget", "20", "--rounds", "2", "--tokens", "4", "--steps", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads((tmp_path / "tuned.json").read_text())
+    assert set(data["parts"]) == set(tuned.PARTS) and data["where"]["chip"] == "host"
+    for rows in data["parts"].values():
+        assert set(rows) == set(tuned.ROUTES) and all(row["ratio"] > 0 for row in rows.values())
+        assert rows["native"]["ratio"] == 1
+    assert data["verify"]["tuned"]["tokens_equal"] and data["verify"]["tuned"]["loss_apart"] == 0
+    assert {row["op"] for row in data["tuning"]["rows"]} == {"mul.Tensor", "cos"}
+    assert "mul.Tensor = native" in (tmp_path / "tuned.conf").read_text()

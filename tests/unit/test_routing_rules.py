@@ -26,7 +26,7 @@ def run(program, *args):
 
 
 def test_rules(program):
-    assert run(program).count("ok  ") >= 9
+    assert run(program).count("ok  ") >= 11
 
 
 def test_fuzz(program, request):

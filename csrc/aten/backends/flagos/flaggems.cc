@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 
+#include "csrc/aten/decisions.h"
 #include "csrc/aten/native.h"
 #include "csrc/aten/relabel.h"
 #include "csrc/aten/route.h"
@@ -71,6 +72,17 @@ decltype(auto) plain(T&& value) {
   }
 }
 
+// A watched call of an operator that FlagGems' function serves, or torch's own kernel instead.
+void note(const char* name, const char* overload, bool served) {
+  const auto op = c10::Dispatcher::singleton().findOp({name, overload});
+  TORCH_INTERNAL_ASSERT(op);
+  const auto plain = plain_name(op->operator_name());
+  if (served) return log_dispatch(plain, "flagos");
+  const auto& native_decision = decide_lines(slot_of(*op), {RouteLine{plain, "native", "the route to flagos", {}}});
+  served_by(native_decision);
+  log_dispatch(plain, native_decision.resolution.backend);
+}
+
 // FlagGems' function with signature F in the place of torch's kernel.
 template <class Op, class F>
 struct Bound {
@@ -78,24 +90,34 @@ struct Bound {
   template <class... X>
   static decltype(auto) call(X&&... x) {
     using Result = decltype(Op::redispatch(native.dense, std::forward<X>(x)...));
-    if (C10_UNLIKELY(!fits(x...) || !output_fits(x...)))
-      return static_cast<Result>(Op::redispatch(native.dense, std::forward<X>(x)...));
+    const bool served = fits(x...) && output_fits(x...);
+    if (C10_UNLIKELY(watched())) note(Op::name, Op::overload_name, served);
+    if (C10_UNLIKELY(!served)) return static_cast<Result>(Op::redispatch(native.dense, std::forward<X>(x)...));
     return static_cast<Result>(function(plain(std::forward<X>(x))...));
   }
 };
 
+// The same for a route that looks at the arguments first.
+template <class Op, class Inner>
+void call_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  static const auto kernel = c10::KernelFunction::makeFromUnboxedRuntimeFunction(&Relabel<Op, Inner>::call);
+  kernel.callBoxed(op, keys, stack);
+}
+
 struct Symbol {
   const char* mangled;
-  void** function;                     // Bound<...>::function
-  void* kernel;                        // Relabel<Op, Bound<...>>::call
+  void** function;  // Bound<...>::function
+  void* kernel;     // Relabel<Op, Bound<...>>::call
+  BoxedFunction* boxed;
   const char* by_name_only = nullptr;  // why it does not serve by default
 };
 
 template <class Op, class F>
 Symbol bind(const char* mangled, const char* by_name_only = nullptr) {
   using Inner = Bound<Op, F>;
+  says_itself(&call_boxed<Op, Inner>);
   return {mangled, reinterpret_cast<void**>(&Inner::function), reinterpret_cast<void*>(&Relabel<Op, Inner>::call),
-          by_name_only};
+          &call_boxed<Op, Inner>, by_name_only};
 }
 
 using at::Scalar;
@@ -196,7 +218,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
   }
   *symbol.function = address;
   if (symbol.by_name_only) why = symbol.by_name_only;
-  return Kernel{symbol.kernel, nullptr, symbol.by_name_only != nullptr};
+  return Kernel{symbol.kernel, symbol.boxed, symbol.by_name_only != nullptr};
 }
 
 FLAGOS_BACKEND(flagos, {"flagos", 5, &available, &kernel});

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Qwen3-0.6B architecture, random weights, bf16: prefill, decoding and training on flagos under four sets of routes.
+
+    python benchmarks/tuned.py --out benchmarks/results --limit 900     # on a GPU with flag_gems installed
+    python benchmarks/tuned.py --size small --limit 120 --out FOLDER    # tries it on a machine without one
+
+Routes: `native` (no FlagGems), `shipped` (the chip's conf in torch_fl/), `all` (no conf: every FlagGems kernel that is
+judged right), `tuned` (what torch_fl.tune() makes of this very workload, first of all; --conf takes a finished one).
+One process and one model; in each round every set of routes runs each part once, in an order that rotates, and is
+compared with native in the same round. Then each set decodes and trains from the same start: its tokens must be ones
+that native, given the same text, finds as good as its own; its losses must stay within LOSS_TOLERANCE of native's.
+
+tuned.json holds figures, device, versions and every measurement of the tuner; scripts/make_backends_conf.py turns it
+into torch_fl/backends.conf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks import common, qwen3  # noqa: E402
+
+ROUTES = ("native", "shipped", "all", "tuned")
+PARTS = ("prefill", "decode", "train")
+LOSS_TOLERANCE = 2e-2  # relative; bf16 resolves 8e-3
+TOKEN_MARGIN = 0.25  # standard deviations of the logits between native's best token and the one that was taken
+SHAPES = {"full": {"prefill": (4, 512), "train": (2, 256)}, "small": {"prefill": (2, 32), "train": (2, 16)}}
+
+
+class Workload:
+    """One model; each method is one part, and returns its speed (more is better)."""
+
+    def __init__(self, size: str, tokens: int):
+        self.size, self.tokens = size, tokens
+        self.model = qwen3.build(size, "flagos")
+        self.start = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        vocabulary = qwen3.SIZES[size]["vocab_size"]
+        generator = torch.Generator().manual_seed(2)
+        shapes = SHAPES[size]
+        self.text = torch.randint(0, vocabulary, shapes["prefill"], generator=generator).to("flagos")
+        self.data = [torch.randint(0, vocabulary, shapes["train"], generator=generator).to("flagos") for _ in range(4)]
+        self.decoder = qwen3.Decoder(self.model, "flagos", vocabulary)
+        self.restart()
+
+    def restart(self) -> None:
+        """The weights and the optimizer of the beginning."""
+        self.model.load_state_dict(self.start)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
+        self.steps = 0
+
+    def _timed(self, work, units: int) -> float:
+        torch.flagos.synchronize()
+        begin = time.perf_counter()
+        work()
+        torch.flagos.synchronize()
+        return units / (time.perf_counter() - begin)
+
+    @torch.no_grad()
+    def prefill(self) -> float:
+        return self._timed(lambda: self.model(input_ids=self.text, use_cache=False), self.text.numel())
+
+    def decode(self) -> float:
+        return self.decoder.round(self.tokens)[0]
+
+    def train(self) -> float:
+        return self._timed(self.step, 1)
+
+    def step(self):
+        batch = self.data[self.steps % len(self.data)]
+        self.steps += 1
+        loss = self.model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def losses(self, steps: int) -> list[float]:
+        self.restart()
+        found = [self.step() for _ in range(steps)]
+        return [float(loss) for loss in found]
+
+    @torch.no_grad()
+    def margin(self, tokens: list[int]) -> float:
+        """How much better, in standard deviations, the model finds another token than each of these, at worst."""
+        after = torch.tensor([tokens], device="flagos")
+        text = torch.cat([self.decoder.prompt, after], 1)
+        logits = self.model(input_ids=text, use_cache=False).logits[0, self.decoder.prompt.shape[1] - 1 : -1].float()
+        taken = logits.gather(1, after[0][:, None])[:, 0]
+        return float(((logits.max(1).values - taken) / logits.std(1)).max())
+
+
+# ---- routes --------------------------------------------------------------------------------------------------------
+
+
+def native_conf() -> str:
+    """A conf that holds back every FlagGems kernel that would serve by default."""
+    import torch_fl
+    from torch_fl.tuning.observe import choice
+
+    return "".join(f"{op} = native\n" for op in torch_fl.get_registered_ops() if choice(op))
+
+
+class Routes:
+    """The sets of routes as conf files, and the one in force."""
+
+    def __init__(self, folder: Path):
+        from torch_fl import _C, routing
+
+        self._configure = _C._configure
+        self.paths = {"shipped": str(routing.default_conf(routing.chip()))}
+        self.folder = folder
+        self.add("native", native_conf())
+        self.add("all", "")
+
+    def add(self, name: str, text: str) -> None:
+        path = self.folder / f"{name}.conf"
+        path.write_text(text)
+        self.paths[name] = str(path)
+
+    def use(self, name: str) -> None:
+        self._configure(self.paths[name], {})
+
+
+def tune(workload: Workload, routes: Routes, budget: float, clock: str):
+    """The report on one pass over all parts; its conf becomes the set `tuned`."""
+    import torch_fl
+
+    routes.use("native")
+    with torch_fl.tune(budget=budget, clock=clock, progress=True) as tuning:
+        workload.prefill()
+        workload.decoder.round(min(workload.tokens, 16))
+        workload.step()
+    routes.add("tuned", tuning.report.conf())
+    return tuning.report
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def measure(workload: Workload, routes: Routes, part: str, rounds: int, budget: common.Budget) -> dict:
+    """{routes: {ratio to native, ...}} over as many rounds as there is time for."""
+    run = getattr(workload, part)
+    for name in ROUTES:  # compiles, and records launch plans
+        routes.use(name)
+        for _ in range(3):
+            run()
+    pairs: dict[str, list] = {name: [] for name in ROUTES}
+    while len(pairs["native"]) < rounds and (budget.left() > 0 or not pairs["native"]):
+        shift = len(pairs["native"]) % len(ROUTES)
+        speeds = {}
+        for name in ROUTES[shift:] + ROUTES[:shift]:
+            routes.use(name)
+            speeds[name] = run()
+        for name, speed in speeds.items():
+            pairs[name].append((speeds["native"], speed))
+    result = {name: common.ratio(rows) for name, rows in pairs.items()}
+    seconds = [native for native, _ in pairs["native"]]
+    middle = statistics.median(seconds)
+    result["native"]["spread"] = round(max(abs(s / middle - 1) for s in seconds), 4)
+    return result
+
+
+def verify(workload: Workload, routes: Routes, steps: int) -> dict:
+    """Whether tokens and losses under each set of routes are as good as native's."""
+    found = {}
+    for name in ROUTES:
+        routes.use(name)
+        losses = workload.losses(steps)
+        workload.restart()
+        tokens = workload.decoder.round(workload.tokens)[1]
+        found[name] = {"losses": losses, "tokens": tokens}
+    routes.use("native")
+    return {name: judge(one, found["native"], workload.margin(one["tokens"])) for name, one in found.items()}
+
+
+def judge(one: dict, native: dict, margin: float) -> dict:
+    """The verdict on a set's tokens and losses."""
+    apart = max(abs(a - b) / abs(b) for a, b in zip(one["losses"], native["losses"], strict=True))
+    return {
+        **one,
+        "tokens_equal": one["tokens"] == native["tokens"],
+        "token_margin": round(margin, 4),
+        "tokens_plausible": margin <= TOKEN_MARGIN,
+        "loss_apart": round(apart, 5),
+        "losses_within_tolerance": apart <= LOSS_TOLERANCE,
+    }
+
+
+def show(data: dict) -> None:
+    print(f"{'part':<8} {'routes':<8} {'ratio':>7} {'low':>7} {'high':>7} {'pairs':>6}   (above 1: faster than native)")
+    for part, rows in data["parts"].items():
+        for name in ROUTES[1:]:
+            r = rows[name]
+            print(f"{part:<8} {name:<8} {r['ratio']:>7} {r['ratio_low']:>7} {r['ratio_high']:>7} {r['pairs']:>6}")
+    for name, verdict in data.get("verify", {}).items():
+        print(
+            f"{name:<8} tokens {'plausible' if verdict['tokens_plausible'] else 'WRONG'} (margin "
+            f"{verdict['token_margin']}), losses {verdict['loss_apart']} apart"
+            f"{'' if verdict['losses_within_tolerance'] else ': TOO FAR'}"
+        )
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SHAPES, default="full")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for everything")
+    parser.add_argument("--tune-budget", type=float, help="seconds for the tuner (a third of the limit)")
+    parser.add_argument("--clock", default="both", help="whose time the tuner looks at: both, host or device")
+    parser.add_argument("--conf", help="a tuned conf that is there already")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="training steps whose losses are compared")
+    parser.add_argument("--out", help="folder for tuned.json and tuned.conf")
+    options = parser.parse_args(argv)
+    budget = common.Budget(options.limit)
+    common.load("flagos")
+    parts = options.parts.split(",")
+    data = {
+        "what": f"{__doc__.splitlines()[0]} See benchmarks/tuned.py.",
+        "where": common.where("flagos"),
+        "size": options.size,
+        "parts": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        routes = Routes(Path(folder))
+        workload = Workload(options.size, options.tokens)
+        if options.conf:
+            routes.add("tuned", Path(options.conf).read_text())
+        else:
+            report = tune(workload, routes, options.tune_budget or options.limit / 3, options.clock)
+            print(report)
+            data["tuning"] = report.as_dict()
+            if options.out:
+                Path(options.out).mkdir(parents=True, exist_ok=True)
+                report.write(Path(options.out) / "tuned.conf")
+        common.save(options.out, "tuned.json", data)
+        data["verify"] = verify(workload, routes, options.steps)
+        common.save(options.out, "tuned.json", data)
+        for number, part in enumerate(parts):
+            share = common.Budget(max(5.0, budget.left() / (len(parts) - number)))
+            data["parts"][part] = measure(workload, routes, part, options.rounds, share)
+            common.save(options.out, "tuned.json", data)
+        routes.use("shipped")
+    show(data)
+    good = all(v["tokens_plausible"] and v["losses_within_tolerance"] for v in data["verify"].values())
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

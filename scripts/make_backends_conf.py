@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Makes torch_fl/backends.conf from what benchmarks/tuned.py has measured.
+
+    python benchmarks/tuned.py --out benchmarks/results
+    python scripts/make_backends_conf.py benchmarks/results/tuned.json --out torch_fl/backends.conf
+    python benchmarks/tuned.py --out benchmarks/results          # `shipped` is now this conf: it must not be below 1
+
+The shipped conf also holds on machines without FlagGems, so it names none of its backends: an operator for which the
+default (a FlagGems kernel that is judged right) was not faster on the measured calls gets `native`, the others none.
+Refused when the tuned routes gave wrong tokens or losses, or were slower than native beyond native's own spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch_fl.tuning import choose
+
+
+def refusal(data: dict) -> str:
+    """Why no conf may be made of a result; "" when one may."""
+    if "tuning" not in data:
+        return "it holds no measurements of the tuner (made with --conf?)"
+    verdict = data.get("verify", {}).get("tuned")
+    if verdict is None or not (verdict["tokens_plausible"] and verdict["losses_within_tolerance"]):
+        return "the tuned routes' tokens or losses were not verified"
+    if not data["parts"]:
+        return "it holds no benchmark"
+    for part, rows in data["parts"].items():
+        ratio, spread = rows["tuned"]["ratio"], rows["native"]["spread"]
+        if ratio < 1 - spread:
+            return f"the tuned routes were slower than native: {part} {ratio}, native's own spread is {spread}"
+    return ""
+
+
+def conf(data: dict) -> str:
+    """The text of the conf file."""
+    tuning = data["tuning"]
+    by_op: dict[str, list[choose.Row]] = {}
+    for row in tuning["rows"]:
+        by_op.setdefault(row["op"], []).append(choose.Row.from_dict(row))
+    native = {op for op, rows in by_op.items() if choose.portable(rows, tuning["clock"]) == "native"}
+    native |= set(tuning["left_out"]) - set(by_op)
+    better = sorted(op for op in set(by_op) - native if by_op[op][0].default != by_op[op][0].native)
+    versions = ", ".join(f"{key} {value}" for key, value in tuning["where"].items() if key not in ("device", "chip"))
+    figures = ", ".join(f"{part} {rows['tuned']['ratio']}" for part, rows in data["parts"].items())
+    lines = [
+        "# backends.conf: which backend serves which operator. Used unless FLAGOS_BACKEND_CONFIG names another file.",
+        "#",
+        "# One `operator = backend` per line; docs/routing.md has the rules. Without a line the first backend",
+        "# that has it serves: FlagGems in C++, in Python where judged right, the chip's own kernels, the CPU.",
+        "#",
+        "# Made by scripts/make_backends_conf.py from benchmarks/tuned.py on",
+        f"# {tuning['where']['device']} (chip {tuning['where']['chip']}):",
+        f"# {versions}.",
+        f"# Tuned routes relative to native there: {figures}.",
+        "# `native`: FlagGems' kernel is right, and was not faster in that benchmark or could not be measured in it.",
+    ]
+    if better:
+        lines += ["# FlagGems was faster, and serves where it is installed:", *(f"#   {op}" for op in better)]
+    return "\n".join([*lines, "", *(f"{op} = native" for op in sorted(native))]) + "\n"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="tuned.json of benchmarks/tuned.py")
+    parser.add_argument("--out", type=Path, help="the conf file to write (default: print it)")
+    options = parser.parse_args(argv)
+    data = json.loads(options.result.read_text(encoding="utf-8"))
+    why = refusal(data)
+    if why:
+        print(f"make_backends_conf: {options.result}: {why}", file=sys.stderr)
+        return 1
+    text = conf(data)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
