@@ -12,6 +12,7 @@ from torch_fl.flagos import (
     decode,
     graphs,
     interop,
+    legacy,
     memory,
     monitor,
     pools,
@@ -49,6 +50,7 @@ from torch_fl.flagos.amp import (
 from torch_fl.flagos.decode import *  # noqa: F403
 from torch_fl.flagos.graphs import *  # noqa: F403
 from torch_fl.flagos.interop import *  # noqa: F403
+from torch_fl.flagos.legacy import *  # noqa: F403
 from torch_fl.flagos.memory import *  # noqa: F403
 from torch_fl.flagos.memory import _dump_snapshot, _record_memory_history, _snapshot
 from torch_fl.flagos.monitor import *  # noqa: F403
@@ -92,6 +94,7 @@ __all__ = [
     "is_available",
     "is_bf16_supported",
     "is_initialized",
+    "legacy",
     "memory",
     "monitor",
     "pools",
@@ -104,6 +107,7 @@ __all__ = [
     *decode.__all__,
     *graphs.__all__,
     *interop.__all__,
+    *legacy.__all__,
     *memory.__all__,
     *monitor.__all__,
     *pools.__all__,
