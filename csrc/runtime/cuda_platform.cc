@@ -142,7 +142,14 @@ class CudaPlatform final : public Platform {
   double elapsed_ms(void* start, void* end, c10::DeviceIndex index) const override {
     return guard_.elapsedTime(start, end, index);
   }
-  void destroy_event(void* event, c10::DeviceIndex index) const noexcept override { guard_.destroyEvent(event, index); }
+  // Not the guard's, which ends the process where an earlier error has broken the device.
+  void destroy_event(void* event, c10::DeviceIndex index) const noexcept override {
+    int before = index;
+    if (event == nullptr || in_bad_fork()) return;
+    if (cudaGetDevice(&before) != cudaSuccess || before != index) cudaSetDevice(index);  // else it may make a context
+    if (cudaEventDestroy(static_cast<cudaEvent_t>(event)) != cudaSuccess) cudaGetLastError();
+    if (before != index) cudaSetDevice(before);
+  }
 
   // ---- memory
   c10::DataPtr allocate(size_t nbytes) override {
