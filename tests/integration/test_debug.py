@@ -141,7 +141,7 @@ lib.impl("sinh", lambda x: x + x, "PrivateUse1", allow_override=True)
 
 
 def test_reproducer_stands_alone(tmp_path):
-    """The file of a failed run, in processes that know nothing of the program: it fails where the bug is, only there."""
+    """The file of a failed run, in processes that know nothing of the program: it fails only where the bug is."""
     program = f"""
         from torch_fl import debug
         net = torch.nn.Linear(3, 3).flagos()
@@ -156,7 +156,10 @@ def test_reproducer_stands_alone(tmp_path):
     again = "import runpy, sys; sys.argv = ['', sys.argv[1]]; runpy.run_module('torch_fl.debug', run_name='__main__')"
     for setup, code, words in ((WRONG_SINH, 1, "sinh: result 0: 4 of 4 elements differ"), ("", 0, "the same result")):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", setup + again, str(file)], capture_output=True, text=True, timeout=120
+            [sys.executable, "-W", "ignore", "-c", setup + again, str(file)],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == code and words in done.stdout, done.stdout + done.stderr
 

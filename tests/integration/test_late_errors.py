@@ -1,7 +1,7 @@
 """Errors that surface long after their cause name the last operators, whatever call they surface in.
 
-Work on the device is asynchronous: what fails is an innocent call, often one that waits. On the simulated chip a fault is
-put into the wait itself; on the null CUDA the device breaks, as an illegal access breaks it.
+Work on the device is asynchronous: what fails is an innocent call, often one that waits. On the simulated chip a fault
+is put into the wait itself; on the null CUDA the device breaks, as an illegal access breaks it.
 """
 
 import pytest

@@ -84,7 +84,7 @@ def test_a_queue_passes_the_error_on_to_who_waits(device):
 def test_device_tensors_of_a_loader_s_worker_are_a_clear_error(pin, device):
     """A spawned worker may use the device, but what it returns has to be on the CPU; nobody waits for ever."""
     loader = DataLoader(RowsOnDevice(), num_workers=1, pin_memory=pin, multiprocessing_context="spawn")
-    with pytest.raises(RuntimeError, match="cannot be sent to another process|Pin memory thread"):
+    with pytest.raises(RuntimeError, match=r"cannot be sent to another process|Pin memory thread"):
         next(iter(loader))
 
 

@@ -127,7 +127,7 @@ def test_twenty_steps_evaluate_save_resume(make, tmp_path):
         resumed[where] = trainer(make, tmp_path / where, cpu=cpu, **options)
         resumed[where].train(resume_from_checkpoint=str(tmp_path / where / "checkpoint-10"))
     assert losses(resumed["flagos"]) == pytest.approx(losses(resumed["cpu"]), rel=2e-3)
-    # transformers 5 saves some weights under other names than resuming looks for, on every device: see what the CPU did.
+    # transformers 5 saves some weights under other names than resuming looks for, on every device: the CPU is asked.
     if losses(resumed["cpu"])[-10:] == pytest.approx(losses(there)[-10:], rel=1e-6):
         assert losses(resumed["flagos"])[-10:] == pytest.approx(losses(here)[-10:], rel=1e-6)
         for actual, expected in zip(resumed["flagos"].model.parameters(), here.model.parameters(), strict=True):

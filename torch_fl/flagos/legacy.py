@@ -1,4 +1,4 @@
-"""Types under the names that torch.cuda keeps from the time before dtype and device: FloatTensor, FloatStorage and so on.
+"""Types under the names that torch.cuda keeps from the time before dtype and device: FloatTensor, FloatStorage ...
 
 `torch.flagos.FloatTensor(2, 3)`, `x.type(torch.flagos.FloatTensor)` and isinstance work as with torch.cuda's.
 """
