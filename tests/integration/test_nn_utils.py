@@ -157,12 +157,9 @@ def test_benchmark_timers_and_their_table(device):
     from torch.utils.benchmark import Compare, Timer
 
     x = torch.ones(4, device=device)
-    measured = [
-        Timer(code, globals={"x": x}, label="add", sub_label=code, description="flagos").blocked_autorange(
-            min_run_time=0.01
-        )
-        for code in ("x + 1", "x + x")
-    ]
+    common = {"globals": {"x": x}, "label": "add", "description": "flagos"}
+    timers = [Timer(code, sub_label=code, **common) for code in ("x + 1", "x + x")]
+    measured = [timer.blocked_autorange(min_run_time=0.01) for timer in timers]
     assert all(m.median > 0 for m in measured)
     assert "x + 1" in str(Compare(measured)) and "x + x" in str(Compare(measured))
 
