@@ -55,7 +55,7 @@ def only_cuda(use):
             try:
                 use()
             except (ModuleNotFoundError, RuntimeError) as error:
-                assert "nvml" in str(error).lower(), error
+                assert "nvml" in str(error).lower() or "nvidia-ml" in str(error), error
         else:
             with pytest.raises((NotImplementedError, RuntimeError), match=f"chip {torch_fl.chip()}"):
                 use()
