@@ -9,7 +9,7 @@ import json
 import pytest
 
 from tests.common import null_cuda
-from tests.common.process import check_python
+from tests.common.process import check_python, run_python
 
 pytestmark = pytest.mark.skipif(null_cuda.missing() is not None, reason=f"no null CUDA: {null_cuda.missing()}")
 
@@ -150,3 +150,13 @@ def failures():
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_beside_torch_cuda(check, failures):
     assert check.__name__ not in failures, failures[check.__name__]
+
+
+def test_the_doctor_notices_kernels_that_do_nothing():
+    code = "import sys, runpy; sys.argv = ['', 'doctor', '--json']; runpy.run_module('torch_fl', run_name='__main__')"
+    result = run_python(code, **null_cuda.environment())
+    assert result.returncode == 1, result.stderr
+    found = json.loads(result.stdout)
+    failed = {entry["check"]: entry["lines"][0] for entry in found["checks"] if entry["status"] == "failed"}
+    assert found["failed"] == len(failed) and not found["ok"]
+    assert {"arithmetic", "autograd"} <= set(failed) and "cuda: mm differs from the CPU" in failed["arithmetic"]
