@@ -65,9 +65,8 @@ def render() -> str:
         "",
         f"{present} of the {meaningful} names that mean something beyond CUDA are present; "
         "`tests/integration/test_device_api.py` has a test of",
-        f"what each does. {narrow} of them (graphs, memory pools, monitoring) need the chip `cuda` and refuse in one "
-        "sentence on",
-        "others.",
+        f"what each does. {narrow} of them (graphs, monitoring) need the chip `cuda` and refuse in one "
+        "sentence on others.",
         "",
         "Made by `scripts/device_api_doc.py` from the installed torch and `torch_fl/flagos/_absent.py`; change those,",
         "not this file.",

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "csrc/aten/call.h"
+#include "csrc/aten/interop.h"
 #include "csrc/aten/route.h"
 
 namespace flagos {
@@ -57,7 +58,12 @@ void copy(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
     platform().enter_native(self.device().index());  // both devices' streams order a copy between them
     platform().enter_native(src.device().index());
   }
-  at::_ops::copy_::redispatch(native.dense, call[to], call[from], non_blocking);
+  try {
+    at::_ops::copy_::redispatch(native.dense, call[to], call[from], non_blocking);
+  } catch (c10::AcceleratorError& error) {
+    name_operator(error, "aten::copy_");
+    throw;
+  }
   call.write_back();
 }
 

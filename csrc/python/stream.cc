@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "csrc/python/bindings.h"
+#include "csrc/runtime/hal_streams.h"
 #include "csrc/runtime/platform.h"
 
 namespace py = pybind11;
@@ -34,6 +35,10 @@ void bind_stream(py::module_& m) {
     return reinterpret_cast<uintptr_t>(platform().native_handle(unpack(id, index, type)));
   });
   m.def("_stream_priority_range", [] { return platform().stream_priority_range(); });
+  m.def("_hal_stream_priority", [](int64_t id) {
+    const int least = platform().stream_priority_range().first;
+    return id == 0 ? least : least - static_cast<int>(id - 1) / kStreamsPerPriority;
+  });
 }
 
 }  // namespace flagos

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "csrc/aten/interop.h"
 #include "csrc/runtime/cuda_alloc_front.h"
 #include "csrc/runtime/fork.h"
 #include "csrc/runtime/platform.h"
@@ -42,6 +43,17 @@ void initialize() {
   static const bool installed = (install_alloc_front(), true);  // once, whichever thread comes first
   (void)installed;
   done.store(true, std::memory_order_release);
+}
+
+// Waiting is where the error of a kernel surfaces that nobody asked about before: it then names the last operators.
+template <typename F>
+auto waiting(const char* where, const F& wait) {
+  try {
+    return wait();
+  } catch (c10::AcceleratorError& error) {
+    name_operator(error, where);
+    throw;
+  }
 }
 
 // CUDA's pinned memory; only the streams' label changes.
@@ -83,7 +95,9 @@ class CudaPlatform final : public Platform {
     C10_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     return {free_bytes, total_bytes};
   }
-  void synchronize_device(c10::DeviceIndex index) const override { guard_.synchronizeDevice(index); }
+  void synchronize_device(c10::DeviceIndex index) const override {
+    waiting("synchronizing the device", [&] { guard_.synchronizeDevice(index); });
+  }
   bool can_access_peer(c10::DeviceIndex index, c10::DeviceIndex peer) const override {
     int can = 0;
     C10_CUDA_CHECK(cudaDeviceCanAccessPeer(&can, index, peer));
@@ -104,8 +118,12 @@ class CudaPlatform final : public Platform {
   c10::Stream external_stream(c10::DeviceIndex index, void* native_handle) override {
     return to_flagos(c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(native_handle), index).unwrap());
   }
-  bool query_stream(c10::Stream stream) const override { return guard_.queryStream(to_cuda(stream)); }
-  void synchronize_stream(c10::Stream stream) const override { guard_.synchronizeStream(to_cuda(stream)); }
+  bool query_stream(c10::Stream stream) const override {
+    return waiting("querying a stream", [&] { return guard_.queryStream(to_cuda(stream)); });
+  }
+  void synchronize_stream(c10::Stream stream) const override {
+    waiting("synchronizing a stream", [&] { guard_.synchronizeStream(to_cuda(stream)); });
+  }
   void* native_handle(c10::Stream stream) const override { return c10::cuda::CUDAStream(to_cuda(stream)).stream(); }
   std::pair<int, int> stream_priority_range() const override {
     const auto range = c10::cuda::CUDAStream::priority_range();
@@ -115,12 +133,23 @@ class CudaPlatform final : public Platform {
     guard_.record(event, to_cuda(stream), stream.device_index(), flag);
   }
   void block(void* event, c10::Stream stream) const override { guard_.block(event, to_cuda(stream)); }
-  bool query_event(void* event) const override { return guard_.queryEvent(event); }
-  void synchronize_event(void* event) const override { guard_.synchronizeEvent(event); }
+  bool query_event(void* event) const override {
+    return waiting("querying an event", [&] { return guard_.queryEvent(event); });
+  }
+  void synchronize_event(void* event) const override {
+    waiting("synchronizing an event", [&] { guard_.synchronizeEvent(event); });
+  }
   double elapsed_ms(void* start, void* end, c10::DeviceIndex index) const override {
     return guard_.elapsedTime(start, end, index);
   }
-  void destroy_event(void* event, c10::DeviceIndex index) const noexcept override { guard_.destroyEvent(event, index); }
+  // Not the guard's, which ends the process where an earlier error has broken the device.
+  void destroy_event(void* event, c10::DeviceIndex index) const noexcept override {
+    int before = index;
+    if (event == nullptr || in_bad_fork()) return;
+    if (cudaGetDevice(&before) != cudaSuccess || before != index) cudaSetDevice(index);  // else it may make a context
+    if (cudaEventDestroy(static_cast<cudaEvent_t>(event)) != cudaSuccess) cudaGetLastError();
+    if (before != index) cudaSetDevice(before);
+  }
 
   // ---- memory
   c10::DataPtr allocate(size_t nbytes) override {

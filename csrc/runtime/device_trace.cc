@@ -3,6 +3,8 @@
 
 #include <c10/util/ApproximateClock.h>
 #include <c10/util/Exception.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -43,6 +45,11 @@ struct ThreadTrace {
 thread_local ThreadTrace mine;
 
 uint64_t correlation() { return mine.correlations.empty() ? 0 : mine.correlations.back(); }
+
+int32_t thread_number() {
+  static thread_local const auto number = static_cast<int32_t>(syscall(SYS_gettid));
+  return number;
+}
 
 void destroy(void* event, c10::DeviceIndex device) { platform().destroy_event(event, device); }
 
@@ -94,6 +101,8 @@ std::vector<DeviceSpan> stop_device_trace() {
 
 void begin_host_kernel(const char* name, c10::DeviceIndex device) {
   DeviceSpan span;
+  span.launch_ns = c10::getTime();
+  span.thread = thread_number();
   const char* const colons = std::strstr(name, "::");  // "aten::mm" becomes "host::mm", to be told from the operator
   span.name = std::string(platform().chip()) + "::" + (colons ? colons + 2 : name);
   span.device = device;
@@ -104,7 +113,7 @@ void begin_host_kernel(const char* name, c10::DeviceIndex device) {
     std::lock_guard<std::mutex> lock(trace().mutex);
     number = trace().number;
   }
-  span.start_ns = c10::getTime();
+  span.start_ns = span.launch_end_ns = c10::getTime();  // it runs on this thread, so it is handed over and starts
   mine.running.emplace_back(number, std::move(span));
 }
 
@@ -126,6 +135,8 @@ QueuedSpan::QueuedSpan(DeviceSpan::Kind kind, const char* name, c10::Stream stre
   span_.stream = stream.id();
   span_.nbytes = nbytes;
   span_.correlation = correlation();
+  span_.thread = thread_number();
+  span_.launch_ns = c10::getTime();
   try {
     auto& t = trace();
     std::lock_guard<std::mutex> lock(t.mutex);
@@ -146,6 +157,7 @@ QueuedSpan::~QueuedSpan() {
   void* end = nullptr;
   try {
     platform().record(&end, stream_, c10::EventFlag::BACKEND_DEFAULT);
+    span_.launch_end_ns = c10::getTime();
     auto& t = trace();
     std::lock_guard<std::mutex> lock(t.mutex);
     if (tracing_device()) {

@@ -15,9 +15,11 @@ struct DeviceSpan {
   std::string name;  // "host::mm", "Memcpy HtoD"
   c10::DeviceIndex device = 0;
   c10::StreamId stream = 0;
-  int64_t start_ns = 0, end_ns = 0;  // since the epoch
-  size_t nbytes = 0;                 // of a copy
-  uint64_t correlation = 0;          // the profiler's number of the operator that caused it; 0: none
+  int64_t start_ns = 0, end_ns = 0;          // since the epoch
+  int64_t launch_ns = 0, launch_end_ns = 0;  // when the host handed it over
+  int32_t thread = 0;                        // that did so, as the kernel numbers threads
+  size_t nbytes = 0;                         // of a copy
+  uint64_t correlation = 0;                  // the profiler's number of the operator that caused it; 0: none
 };
 
 // Read on every native call, so a plain load.

@@ -2,6 +2,7 @@
 // CUPTI serves the chip cuda), the profiler without Kineto asks for events around each operator (stubs, every chip).
 #include <c10/util/ApproximateClock.h>
 #include <torch/csrc/profiler/stubs/base.h>
+#include <unistd.h>
 
 #include <functional>
 #include <map>
@@ -47,20 +48,25 @@ class Session final : public libkineto::IActivityProfilerSession {
     int32_t number = 0;
     for (const auto& span : spans_) {
       const bool copy = span.kind == DeviceSpan::kCopy;
-      buffer_->emplace_activity(buffer_->span, copy ? ActivityType::GPU_MEMCPY : ActivityType::CONCURRENT_KERNEL,
-                                span.name);
-      auto& activity = *buffer_->activities.back();
-      activity.startTime = span.start_ns;
-      activity.endTime = span.end_ns;
-      activity.device = span.device;
-      activity.resource = static_cast<int32_t>(span.stream);
-      activity.id = ++number;
-      activity.linked = span.correlation ? linked(static_cast<int32_t>(span.correlation)) : nullptr;
-      activity.addMetadata("device", static_cast<int>(span.device));
-      activity.addMetadata("stream", span.stream);
-      if (copy) activity.addMetadata("bytes", span.nbytes);
-      if (activity.linked) activity.addMetadata("External id", span.correlation);
-      activity.log(logger);
+      const auto* const op = span.correlation ? linked(static_cast<int32_t>(span.correlation)) : nullptr;
+      ++number;
+      if (op) {  // the host's side of it, from which a trace draws an arrow to the device's
+        auto& launch = add(ActivityType::PRIVATEUSE1_RUNTIME, copy ? "flagosMemcpyAsync" : "flagosLaunchKernel", number,
+                           span.launch_ns, span.launch_end_ns);
+        launch.device = static_cast<int32_t>(getpid());
+        launch.resource = launch.threadId = span.thread;
+        link(launch, op, span.correlation, /*start=*/true);
+        launch.log(logger);
+      }
+      auto& work = add(copy ? ActivityType::GPU_MEMCPY : ActivityType::CONCURRENT_KERNEL, span.name, number,
+                       span.start_ns, span.end_ns);
+      work.device = span.device;
+      work.resource = static_cast<int32_t>(span.stream);
+      work.addMetadata("device", static_cast<int>(span.device));
+      work.addMetadata("stream", span.stream);
+      if (copy) work.addMetadata("bytes", span.nbytes);
+      if (op) link(work, op, span.correlation, /*start=*/false);
+      work.log(logger);
     }
   }
 
@@ -80,6 +86,25 @@ class Session final : public libkineto::IActivityProfilerSession {
   void popCorrelationId() override { pop_correlation(); }
 
  private:
+  libkineto::GenericTraceActivity& add(ActivityType type, const std::string& name, int32_t number, int64_t start_ns,
+                                       int64_t end_ns) {
+    buffer_->emplace_activity(buffer_->span, type, name);
+    auto& activity = *buffer_->activities.back();
+    activity.id = number;
+    activity.startTime = start_ns;
+    activity.endTime = end_ns;
+    return activity;
+  }
+  static void link(libkineto::GenericTraceActivity& activity, const libkineto::ITraceActivity* op, uint64_t correlation,
+                   bool start) {
+    activity.linked = op;
+    activity.flow.id = static_cast<uint32_t>(activity.id);
+    activity.flow.type = libkineto::kLinkAsyncCpuGpu;
+    activity.flow.start = start;
+    activity.addMetadata("External id", correlation);
+    activity.addMetadata("correlation", activity.id);
+  }
+
   std::vector<DeviceSpan> spans_;
   std::unique_ptr<libkineto::CpuTraceBuffer> buffer_ = std::make_unique<libkineto::CpuTraceBuffer>();
   bool running_ = false;
@@ -101,7 +126,8 @@ class DeviceProfiler final : public libkineto::IActivityProfiler {
 
  private:
   const std::string name_ = "flagos";
-  const std::set<ActivityType> types_{ActivityType::GPU_MEMCPY, ActivityType::CONCURRENT_KERNEL};
+  const std::set<ActivityType> types_{ActivityType::GPU_MEMCPY, ActivityType::CONCURRENT_KERNEL,
+                                      ActivityType::PRIVATEUSE1_RUNTIME};
 };
 
 // ---- the profiler without Kineto

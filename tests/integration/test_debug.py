@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import textwrap
 import threading
 
 import pytest
 import torch
 
 import torch_fl
+from tests.common.process import run_python
 from torch_fl import debug
 
 
@@ -130,6 +132,37 @@ def test_reproducer_on_the_command_line(tmp_path, device):
         [sys.executable, "-m", "torch_fl.debug", tmp_path / "case.pt"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout.strip()) == (0, "flagos and the CPU give the same result"), done.stderr
+
+
+WRONG_SINH = """
+import torch, torch_fl
+lib = torch.library.Library("aten", "IMPL")
+lib.impl("sinh", lambda x: x + x, "PrivateUse1", allow_override=True)
+"""
+
+
+def test_reproducer_stands_alone(tmp_path):
+    """The file of a failed run, in processes that know nothing of the program: it fails only where the bug is."""
+    program = f"""
+        from torch_fl import debug
+        net = torch.nn.Linear(3, 3).flagos()
+        with debug.compare_with_cpu(folder={str(tmp_path)!r}):
+            net(torch.ones(2, 3, device="flagos")).t()[1:].sinh()
+    """
+    said = run_python(WRONG_SINH + textwrap.dedent(program)).stderr.strip().split("\n")[-1]
+    assert "Difference: flagos: sinh" in said and "float32[2, 2]" in said, said
+    (file,) = tmp_path.iterdir()
+    command = said.rpartition("python -m ")[2].split()
+    assert command == ["torch_fl.debug", str(file)]
+    again = "import runpy, sys; sys.argv = ['', sys.argv[1]]; runpy.run_module('torch_fl.debug', run_name='__main__')"
+    for setup, code, words in ((WRONG_SINH, 1, "sinh: result 0: 4 of 4 elements differ"), ("", 0, "the same result")):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", setup + again, str(file)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == code and words in done.stdout, done.stdout + done.stderr
 
 
 def test_reproducer_keeps_types_devices_and_layouts(tmp_path, device):

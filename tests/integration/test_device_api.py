@@ -258,7 +258,34 @@ def check(condition):
     assert condition
 
 
+def legacy_tensor(kind):
+    """A type of before dtype and device: made, converted to and recognised by it."""
+
+    def exercise():
+        made, like = kind([[1, 0]]), torch.tensor([[1, 0]], dtype=kind.dtype, device="flagos")
+        assert made.is_flagos and torch.equal(made, like) and kind(2, 3).shape == (2, 3) and kind().numel() == 0
+        assert made.type() == f"{kind.__module__}.{kind.__qualname__}"
+        assert isinstance(made, kind) and not isinstance(made.cpu(), kind) and not isinstance(made.cfloat(), kind)
+        for name in (kind, made.type()):
+            assert torch.equal(torch.tensor([[1.0, 0.0]]).type(name), like)
+
+    return exercise
+
+
+def legacy_storage(kind):
+    def exercise():
+        made = kind([1, 0])
+        assert made.device.type == "flagos" and made.dtype is kind.dtype and made.tolist() == [1, 0]
+        assert made.type() == f"torch.flagos.{kind.__name__}" and isinstance(made, torch.storage.TypedStorage)
+        x = torch.ones(3, dtype=kind.dtype, device="flagos")
+        assert isinstance(x.storage(), kind) and not isinstance(x.cpu().storage(), kind)
+
+    return exercise
+
+
 EXERCISES = {
+    **{name: legacy_tensor(getattr(f, name)) for name in f.legacy.__all__ if name.endswith("Tensor")},
+    **{name: legacy_storage(getattr(f, name)) for name in f.legacy.__all__ if name.endswith("Storage")},
     # devices
     "can_device_access_peer": lambda: check(isinstance(f.can_device_access_peer(0, f.device_count() - 1), bool)),
     "current_device": lambda: check(f.current_device() == 0),
@@ -305,6 +332,8 @@ EXERCISES = {
     "host_memory_stats": lambda: pinned(f.reset_peak_host_memory_stats, "peak"),
     "host_memory_stats_as_nested_dict": lambda: nested(f.host_memory_stats, f.host_memory_stats_as_nested_dict),
     "max_memory_allocated": peaks(f.reset_peak_memory_stats),
+    "max_memory_cached": lambda: check(f.max_memory_cached() == f.max_memory_reserved()),
+    "memory_cached": lambda: grows(f.memory_cached),
     "max_memory_reserved": lambda: check(f.max_memory_reserved() >= f.memory_reserved()),
     "mem_get_info": lambda: check(0 < f.mem_get_info()[0] <= f.mem_get_info()[1]),
     "memory_allocated": lambda: grows(f.memory_allocated),
@@ -402,7 +431,7 @@ def test_document_is_current():
 
 
 @pytest.mark.parametrize("name", sorted({row.name for row in TABLE if row.module.startswith("torch.cuda")}))
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:TypedStorage")
 def test_torch_flagos(name):
     assert name in EXERCISES, f"torch.flagos.{name} is called present, but has no exercise in this file"
     EXERCISES[name]()

@@ -157,6 +157,51 @@ def test_chrome_trace_has_the_device(work, tmp_path):
     assert all(k["dur"] >= 0 for k in kernels)
 
 
+@pytest.mark.skipif(torch_fl.chip() == "cuda", reason="CUPTI's own runtime calls are the arrows' starts there")
+def test_chrome_trace_has_arrows_from_the_operators_to_the_device(device, tmp_path):
+    """Each piece of work has an arrow: from a launch that lies inside its operator, to the work on the device."""
+    side, host = torch_fl.flagos.Stream(), torch.ones(1 << 16).pin_memory()
+    with profile(activities=BOTH) as prof:
+        with torch_fl.flagos.stream(side):
+            x = host.to(device, non_blocking=True)
+        torch_fl.flagos.current_stream().wait_stream(side)
+        x.exp()
+    prof.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    arrows = [e for e in events if e.get("cat") == "ac2g"]
+    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy")]
+    launches = [e for e in events if e.get("cat") == "privateuse1_runtime"]
+    assert {"flagosLaunchKernel", "flagosMemcpyAsync"} == {e["name"] for e in launches}
+    assert len(work) == len(launches) == len(arrows) / 2 >= 2
+    operators = {e["args"]["External id"]: e for e in events if e.get("cat") == "cpu_op"}
+    for item in work:
+        number = item["args"]["correlation"]
+        (launch,) = [e for e in launches if e["args"]["correlation"] == number]
+        start, end = sorted((a for a in arrows if a["id"] == number), key=lambda a: a["ph"], reverse=True)
+        assert (start["ph"], end["ph"]) == ("s", "f")
+        assert (start["pid"], start["tid"], start["ts"]) == (launch["pid"], launch["tid"], launch["ts"])
+        assert (end["pid"], end["tid"], end["ts"]) == (item["pid"], item["tid"], item["ts"])
+        operator = operators[item["args"]["External id"]]
+        assert (operator["pid"], operator["tid"]) == (launch["pid"], launch["tid"])
+        assert operator["ts"] <= launch["ts"] <= operator["ts"] + operator["dur"]
+
+
+def test_key_averages_sorted_by_device_time(device):
+    """The table's first operator is the one with the most of the device's time."""
+    big, small = torch.randn(300, 300, device=device), torch.ones(4, device=device)
+    with profile(activities=BOTH) as prof:
+        for _ in range(3):
+            small.exp()
+            big.mm(big)
+        torch_fl.flagos.synchronize()
+    averages = prof.key_averages()
+    table = averages.table(sort_by="self_device_time_total", row_limit=2)  # the operator, and its work
+    assert "aten::mm" in table and "aten::exp" not in table
+    rows = [row for row in averages if row.key in ("aten::mm", "aten::exp")]
+    assert {row.key: row.count for row in rows} == {"aten::mm": 3, "aten::exp": 3}
+    assert all(0 < row.self_device_time_total <= device_time(row) for row in rows)
+
+
 def test_profiles_one_after_the_other(device):
     """A profile has its own spans only, and none are kept while no profile runs."""
     x = torch.ones(32, 32, device=device)

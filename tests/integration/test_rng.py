@@ -30,6 +30,17 @@ def test_equal_seeds_give_the_cpus_numbers():
     assert torch.equal(draw(1000), on_cpu)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "draws", [torch.randn, torch.rand, torch.randperm, lambda n, **kw: torch.nn.functional.dropout(torch.ones(n, **kw))]
+)
+def test_equal_seeds_give_torch_cuda_s_numbers(draws):
+    flagos.manual_seed(5)
+    ours = draws(1000, device="flagos")
+    torch.cuda.manual_seed(5)
+    assert torch.equal(ours.cpu(), draws(1000, device="cuda").cpu())
+
+
 def test_drawing_here_does_not_move_the_cpus_generator():
     state = torch.get_rng_state()
     draw()

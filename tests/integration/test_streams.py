@@ -93,6 +93,11 @@ def test_priorities():
     assert greatest <= least
     for priority in (least, greatest, least + 5, greatest - 5):
         torch.Stream(device="flagos", priority=priority).synchronize()
+        stream = flagos.Stream(priority=priority)
+        assert stream.priority == min(max(priority, greatest), least)
+        with flagos.stream(stream):
+            assert flagos.current_stream().priority == stream.priority
+    assert flagos.default_stream().priority == least
 
 
 @on_host

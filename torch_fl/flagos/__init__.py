@@ -13,6 +13,7 @@ from torch_fl.flagos import (
     graphs,
     interop,
     jiterator,
+    legacy,
     memory,
     monitor,
     pools,
@@ -50,6 +51,7 @@ from torch_fl.flagos.amp import (
 from torch_fl.flagos.decode import *  # noqa: F403
 from torch_fl.flagos.graphs import *  # noqa: F403
 from torch_fl.flagos.interop import *  # noqa: F403
+from torch_fl.flagos.legacy import *  # noqa: F403
 from torch_fl.flagos.memory import *  # noqa: F403
 from torch_fl.flagos.memory import _dump_snapshot, _record_memory_history, _snapshot
 from torch_fl.flagos.monitor import *  # noqa: F403
@@ -94,6 +96,7 @@ __all__ = [
     "is_bf16_supported",
     "is_initialized",
     "jiterator",
+    "legacy",
     "memory",
     "monitor",
     "pools",
@@ -106,6 +109,7 @@ __all__ = [
     *decode.__all__,
     *graphs.__all__,
     *interop.__all__,
+    *legacy.__all__,
     *memory.__all__,
     *monitor.__all__,
     *pools.__all__,

@@ -4,7 +4,6 @@
 here nor present. The first group means something on flagos and is missing; the others mean nothing beyond CUDA.
 """
 
-_TYPE = "legacy tensor type: write torch.empty(..., dtype=..., device='flagos')"
 _TORCH = "says how torch itself was built, not what the device can: ask torch.cuda"
 _CUDA = "a part of CUDA itself; where the chip is cuda, torch.cuda's own works on the same device"
 _ALLOCATOR = (
@@ -21,13 +20,6 @@ MISSING: dict[str, str] = {
 
 # These name something that only CUDA has, or that torch has given up.
 FOREIGN: dict[str, str] = {
-    **{
-        f"{kind}{what}": _TYPE
-        for what in ("Storage", "Tensor")
-        for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
-    },
-    "ComplexDoubleStorage": _TYPE,
-    "ComplexFloatStorage": _TYPE,
     "CudaError": "flagos raises torch.AcceleratorError and RuntimeError",
     "DeferredCudaCallError": "nothing is deferred: the runtime starts at the first use of the device",
     "GreenContext": _CUDA,
@@ -38,8 +30,6 @@ FOREIGN: dict[str, str] = {
     "current_blas_handle": _CUDA,
     "get_gencode_flags": _TORCH,
     "has_magma": _TORCH,
-    "max_memory_cached": "deprecated in torch: use max_memory_reserved",
-    "memory_cached": "deprecated in torch: use memory_reserved",
     "nccl": "collectives are torch.distributed with the backend of torch_fl.distributed",
     "nvtx": _CUDA,
     "profiler": "use torch.profiler",

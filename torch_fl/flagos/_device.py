@@ -104,7 +104,14 @@ def synchronize(device=None) -> None:
 
 def get_device_properties(device=None):
     """What the chip says of a device: name, total_memory, multi_processor_count, major, minor, warp_size, ..."""
-    return DeviceProperties(**_C._device_properties(_checked_index(device)))
+    index = _checked_index(device)
+    properties = DeviceProperties(**_C._device_properties(index))
+    if _C._chip() == "cuda":  # and whatever else this torch knows of it
+        theirs = torch.cuda.get_device_properties(index)
+        for name in dir(theirs):
+            if not name.startswith("_") and not hasattr(properties, name):
+                setattr(properties, name, getattr(theirs, name))
+    return properties
 
 
 def get_device_name(device=None) -> str:

@@ -65,6 +65,16 @@ def reset_accumulated_memory_stats(device=None) -> None:
     torch.accelerator.memory.reset_accumulated_memory_stats(_checked_index(device))
 
 
+def memory_cached(device=None) -> int:
+    """Another name for memory_reserved."""
+    return memory_reserved(device)
+
+
+def max_memory_cached(device=None) -> int:
+    """Another name for max_memory_reserved."""
+    return max_memory_reserved(device)
+
+
 def reset_max_memory_allocated(device=None) -> None:
     """Another name for reset_peak_memory_stats."""
     reset_peak_memory_stats(device)
@@ -250,9 +260,11 @@ __all__ = [
     "host_memory_stats",
     "host_memory_stats_as_nested_dict",
     "max_memory_allocated",
+    "max_memory_cached",
     "max_memory_reserved",
     "mem_get_info",
     "memory_allocated",
+    "memory_cached",
     "memory_reserved",
     "memory_snapshot",
     "memory_stats",

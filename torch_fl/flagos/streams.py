@@ -7,6 +7,7 @@ import torch
 from torch_fl import _C
 from torch_fl.flagos._device import _checked_index
 from torch_fl.flagos._device import device as device_guard
+from torch_fl.flagos.graphs import _cuda_stream
 
 
 class Stream(torch.Stream):
@@ -21,6 +22,18 @@ class Stream(torch.Stream):
     def priority_range() -> tuple[int, int]:
         """(least urgent, most urgent) priority."""
         return _C._stream_priority_range()
+
+    @property
+    def priority(self) -> int:
+        """What the stream was made with, within the chip's range."""
+        return _cuda_stream(self).priority if _C._chip() == "cuda" else _C._hal_stream_priority(self.stream_id)
+
+    @property
+    def cuda_stream(self) -> int:
+        """The native handle on the chip cuda, for code that takes one of torch.cuda's streams."""
+        if _C._chip() != "cuda":
+            raise AttributeError(f"a stream of the chip {_C._chip()} is no cuda_stream; native_handle is its own")
+        return self._native_handle()
 
     def record_event(self, event=None):
         """Records an event behind the work queued so far; makes one when none is given."""
@@ -67,6 +80,9 @@ class _EventType(type):
     def __instancecheck__(cls, obj):
         return isinstance(obj, torch.Event) and obj.device.type == "flagos"
 
+    def __getattr__(cls, name):  # Event.record and the like, unbound
+        return getattr(torch.Event, name)
+
 
 class Event(metaclass=_EventType):
     """A point in the work of a stream, to wait for, or (with enable_timing) to measure from.
@@ -74,9 +90,13 @@ class Event(metaclass=_EventType):
     Makes torch.Event objects: torch.Event.elapsed_time and torch.Stream.wait_event refuse those of a subclass.
     """
 
-    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False):
+    def __new__(
+        cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
+    ):
         if interprocess:
             raise NotImplementedError("flagos events cannot be shared between processes; pass interprocess=False")
+        if external:
+            raise NotImplementedError("flagos events are not recorded outside of graphs; pass external=False")
         return torch.Event("flagos", enable_timing=enable_timing, blocking=blocking)
 
 
