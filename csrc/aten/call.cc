@@ -21,11 +21,11 @@ class AliasImpl final : public c10::TensorImpl {
     version_counter_ = c10::VariableVersion(0);  // in inference mode there would be none
   }
 
-  void bind(const c10::TensorImpl* source, c10::StorageImpl* twin) {
+  void bind(const c10::TensorImpl* source, c10::StorageImpl* twin, c10::DeviceIndex index) {
     copy_generic_tensor_metadata(source, this);  // not the storage and the version: they would be counted up and down
     key_set_ = native.relabel(source->key_set()) - c10::python_ks;
     storage_ = c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
-    device_opt_ = native.device(source->device().index());
+    device_opt_ = native.device(index);
   }
   bool reusable() const {
     return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr &&
@@ -39,6 +39,17 @@ class AliasImpl final : public c10::TensorImpl {
   }
   void unbind() { storage_ = c10::Storage(); }
 };
+
+// A loop, because comparing the arrays would call memcmp for a few numbers.
+bool same_geometry(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  const auto sizes = a.sizes(), other_sizes = b.sizes();
+  const auto strides = a.strides(), other_strides = b.strides();
+  bool same = sizes.size() == other_sizes.size() && a.storage_offset() == b.storage_offset();
+  for (size_t i = 0; same && i < sizes.size(); ++i) {
+    same = sizes[i] == other_sizes[i] && strides[i] == other_strides[i];
+  }
+  return same;
+}
 
 bool shared(const at::Tensor& t) {
   return t.use_count() > 1 || t.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
@@ -119,7 +130,8 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
       }
     }
   }
-  note(impl->device().index());
+  const auto index = impl->device().index();
+  note(index);
   flagos_tensor_ = true;
   Origin origin;
   origin.tensor = &t;
@@ -138,7 +150,7 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
   origin.pooled = true;
   if (C10_UNLIKELY(origin.nbytes == 0) && impl->numel() > 0) released_ = &t;
   auto alias = pool_.take();
-  alias->bind(impl, origin.twin);
+  alias->bind(impl, origin.twin, index);
   alias_.emplace_back(std::move(alias));
   origin_.push_back(origin);
   return position;
@@ -241,8 +253,7 @@ void Call::write_back() {
       origin.tensor->_set_conj(alias_[i].is_conj());
       origin.tensor->_set_neg(alias_[i].is_neg());
     }
-    if (C10_UNLIKELY(from->sizes() != to->sizes() || from->strides() != to->strides() ||
-                     from->storage_offset() != to->storage_offset())) {
+    if (C10_UNLIKELY(!same_geometry(*from, *to))) {
       to->set_sizes_and_strides(from->sizes(), from->strides(), from->storage_offset());
     }
   }

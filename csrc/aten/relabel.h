@@ -221,12 +221,13 @@ struct Relabel<Op, Inner, R(A...)> {
   // An operator that returns nothing, or its const argument (resize_), writes to arguments whose type does not say so.
   static constexpr bool kWritesConst = std::is_void_v<R> || std::is_same_v<R, const at::Tensor&>;
   static constexpr bool kWrites = kWritesConst || (std::is_same_v<A, at::Tensor&> || ...);
+  static constexpr bool kMixedAllowed = mixed_devices_allowed<Op>();  // a constant, or the names are compared per call
 
   static R call(A... a) {
     BelowAutograd below(/*count_versions=*/std::is_void_v<R>);
     Call call;
     std::tuple<Arg<A>...> args{Arg<A>(call, a, kWritesConst)...};
-    call.enter(Op::name, mixed_devices_allowed<Op>());
+    call.enter(Op::name, kMixedAllowed);
     auto run = [&](auto&... arg) -> R {
       try {
         return Inner::call(arg.get(call)...);
