@@ -89,18 +89,42 @@ Tensor clamped(at::IntArrayRef lengths, const Tensor& like) { return at::tensor(
 Tensor clamped(const Tensor& lengths, const Tensor& like) { return lengths.to(like.device()).clamp_min(1); }
 
 template <class Lengths>
-Tensor ctc_loss(const Tensor& log_probs, const Tensor& targets, Lengths input_lengths, Lengths target_lengths,
-                int64_t blank, int64_t reduction, bool zero_infinity) {
+Tensor cudnn_ctc_loss(const Tensor& log_probs, const Tensor& targets, Lengths input_lengths, Lengths target_lengths,
+                      int64_t blank, int64_t reduction, bool zero_infinity) {
+  const auto loss = std::get<0>(at::_cudnn_ctc_loss(log_probs, targets, input_lengths, target_lengths, blank,
+                                                    /*deterministic=*/true, zero_infinity));
+  if (reduction == at::Reduction::Mean) return (loss / clamped(target_lengths, loss)).mean();
+  return reduction == at::Reduction::Sum ? loss.sum() : loss;
+}
+
+Tensor ctc_loss_of_lists(const Tensor& log_probs, const Tensor& targets, at::IntArrayRef input_lengths,
+                         at::IntArrayRef target_lengths, int64_t blank, int64_t reduction, bool zero_infinity) {
   const bool batched = log_probs.dim() == 3;
   const auto input = batched ? log_probs : log_probs.unsqueeze(1);
   if (!plain(input) || !at::_use_cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank)) {
     return at::native::ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
   }
-  const auto loss = std::get<0>(at::_cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank,
-                                                    /*deterministic=*/true, zero_infinity));
-  if (reduction == at::Reduction::Mean) return (loss / clamped(target_lengths, loss)).mean();
-  if (reduction == at::Reduction::Sum) return loss.sum();
-  return batched ? loss : loss.squeeze(0);
+  auto loss = cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
+  return batched || reduction != at::Reduction::None ? loss : loss.squeeze(0);
+}
+
+// With lengths in tensors cuDNN takes batches only; what it does not take is asked for again with lists.
+Tensor ctc_loss_of_tensors(const Tensor& log_probs, const Tensor& targets, const Tensor& input_lengths,
+                           const Tensor& target_lengths, int64_t blank, int64_t reduction, bool zero_infinity) {
+  if (!plain(log_probs) || !at::isIntegralType(input_lengths.scalar_type(), /*includeBool=*/false) ||
+      !at::isIntegralType(target_lengths.scalar_type(), /*includeBool=*/false)) {
+    return at::native::ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
+  }
+  if (at::_use_cudnn_ctc_loss(log_probs, targets, input_lengths, target_lengths, blank)) {
+    return cudnn_ctc_loss<const Tensor&>(log_probs, targets, input_lengths, target_lengths, blank, reduction,
+                                         zero_infinity);
+  }
+  const auto list = [](const Tensor& t) { return t.to(at::kCPU, at::kLong).contiguous(); };
+  const auto inputs = list(input_lengths), goals = list(target_lengths);
+  const auto numbers = [](const Tensor& t) {
+    return at::IntArrayRef(t.const_data_ptr<int64_t>(), static_cast<size_t>(t.numel()));
+  };
+  return ctc_loss_of_lists(log_probs, targets, numbers(inputs), numbers(goals), blank, reduction, zero_infinity);
 }
 
 // ---- recurrent layers
@@ -302,7 +326,8 @@ Tensor flatten_weight(TensorList weights, int64_t per_layer, int64_t input, int6
   return call.result(std::move(buffer));
 }
 
-// Under autocast the layer runs in the lower precision; the weights' casts are what autograd sees.
+// Under autocast the layer runs in the lower precision; the weights' casts are what autograd sees, and the buffer's
+// what cuDNN reads.
 using RnnResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RnnResult autocast_rnn(const Tensor& input, TensorList weights, int64_t per_layer, Optional buffer, const Tensor& hx,
                        Optional cx, int64_t mode, int64_t hidden, int64_t projection, int64_t layers, bool batch_first,
@@ -310,9 +335,16 @@ RnnResult autocast_rnn(const Tensor& input, TensorList weights, int64_t per_laye
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastPrivateUse1);
   const auto type = at::autocast::get_autocast_dtype(kFlagos);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, kFlagos); };
-  const bool same = weights[0].scalar_type() == type;
-  return at::_cudnn_rnn(cast(input), same ? weights.vec() : cast(weights), per_layer,
-                        same ? buffer : std::optional<Tensor>(), cast(hx), cast(cx), mode, hidden, projection, layers,
+  const auto lower = cast(weights);
+  Tensor flat;
+  if (buffer && buffer->defined()) {
+    const at::NoGradGuard no_grad;
+    const Layers kind{mode, per_layer > 3, layers, dropout, train, bidirectional, batch_first};
+    bool fits = plain(input) && placing_of(lower, per_layer, input.size(-1), hidden, projection, kind).offsets ==
+                                    placing_of(weights, per_layer, input.size(-1), hidden, projection, kind).offsets;
+    if (fits) flat = buffer->to(type);
+  }
+  return at::_cudnn_rnn(cast(input), lower, per_layer, flat, cast(hx), cast(cx), mode, hidden, projection, layers,
                         batch_first, dropout, train, bidirectional, batch_sizes, state);
 }
 
@@ -331,8 +363,8 @@ void register_cudnn() {
   for (auto* l : {below, autograd}) {
     l->impl("_batch_norm_impl_index", TORCH_FN(batch_norm));
     l->impl("grid_sampler", TORCH_FN(grid_sampler));
-    l->impl("ctc_loss.IntList", TORCH_FN(ctc_loss<at::IntArrayRef>));
-    l->impl("ctc_loss.Tensor", TORCH_FN(ctc_loss<const Tensor&>));
+    l->impl("ctc_loss.IntList", TORCH_FN(ctc_loss_of_lists));
+    l->impl("ctc_loss.Tensor", TORCH_FN(ctc_loss_of_tensors));
     l->impl("lstm.input", TORCH_FN(lstm));
     l->impl("lstm.data", TORCH_FN(lstm_packed));
 #define RNN(name, mode)                                              \

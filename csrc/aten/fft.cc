@@ -194,7 +194,6 @@ Tensor hfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out
   return to_real(x, {final_dim}, norm, true, last, out, "hfftn");
 }
 Tensor ihfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
-  real_only(t, "ihfftn");
   auto shape = shape_of(t, s, dim);
   TORCH_CHECK(!shape.dims.empty(), "ihfftn must transform at least one axis");
   const auto x = resized(t, shape.dims, shape.lengths);
