@@ -1,4 +1,4 @@
-"""flatten_parameters() of recurrent layers on the chip cuda: the weights as views of one buffer, as cuDNN wants them."""
+"""flatten_parameters() of recurrent layers on the chip cuda: weights as views of one buffer, as cuDNN wants them."""
 
 import torch
 

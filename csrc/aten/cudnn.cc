@@ -37,16 +37,9 @@ using at::Tensor;
 using at::TensorList;
 using Optional = const std::optional<Tensor>&;
 
-// The same metadata under CUDA's label, for questions that need no memory; undefined for what is only a wrapper.
-Tensor as_asked(const Tensor& t) {
-  if (!is_flagos(t) || t.key_set().has_any(at::kTensorSubclassLike) || t.layout() != at::kStrided) return {};
-  Tensor copy(t.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), true));
-  copy.unsafeGetTensorImpl()->_change_backend_component_keys(native.device(t.device().index()));
-  return copy;
-}
-bool acceptable(const Tensor& t) {
-  const auto asked = as_asked(t);
-  return asked.defined() && at::native::cudnn_is_acceptable(asked);
+// A tensor with memory, whose alias can be asked; not a wrapper.
+bool plain(const Tensor& t) {
+  return is_flagos(t) && t.layout() == at::kStrided && (t.key_set() & at::kTensorSubclassLike).empty();
 }
 
 // ---- normalization, sampling, CTC
@@ -60,20 +53,22 @@ BatchNorm batch_norm(const Tensor& input, Optional weight, Optional bias, Option
   const auto fits = [&](Optional t, bool needed) {
     return t && t->defined() ? t->sym_numel() == input.sym_size(1) : !needed;
   };
-  const auto asked = as_asked(input);
-  const bool valid = asked.defined() && input.dim() > 1 && input.numel() > 0 && fits(weight, false) &&
-                     fits(bias, false) && fits(mean, !training) && fits(variance, !training);
-  using at::native::BatchNormBackend;
-  if (!valid || at::native::_select_batch_norm_backend(asked, of(weight), of(bias), of(mean), of(variance), training,
-                                                       eps) != BatchNormBackend::Cudnn) {
+  const auto chosen = [&] {
+    Call call;
+    return at::native::_select_batch_norm_backend(call[call.add(input, /*write=*/false)], of(weight), of(bias),
+                                                  of(mean), of(variance), training, eps);
+  };
+  const bool valid = plain(input) && input.dim() > 1 && input.numel() > 0 && fits(weight, false) && fits(bias, false) &&
+                     fits(mean, !training) && fits(variance, !training);
+  if (!valid || chosen() != at::native::BatchNormBackend::Cudnn) {
     return at::native::_batch_norm_impl_index(input, weight, bias, mean, variance, training, momentum, eps,
                                               cudnn_enabled);
   }
   const auto contiguous = [](Optional t) { return t && t->defined() ? t->contiguous() : Tensor(); };
-  return std::tuple_cat(at::cudnn_batch_norm(input.contiguous(input.suggest_memory_format()), weight->contiguous(),
-                                             contiguous(bias), contiguous(mean), contiguous(variance), training,
-                                             momentum, eps),
-                        std::tuple<int64_t>(1));
+  return std::tuple_cat(
+      at::cudnn_batch_norm(input.contiguous(input.suggest_memory_format()), weight->contiguous(), contiguous(bias),
+                           contiguous(mean), contiguous(variance), training, momentum, eps),
+      std::tuple<int64_t>(1));
 }
 
 Tensor grid_sampler(const Tensor& input, const Tensor& grid, int64_t interpolation, int64_t padding,
@@ -81,11 +76,10 @@ Tensor grid_sampler(const Tensor& input, const Tensor& grid, int64_t interpolati
   using at::native::GridSamplerInterpolation;
   using at::native::GridSamplerPadding;
   if (align_corners && interpolation == static_cast<int64_t>(GridSamplerInterpolation::Bilinear) &&
-      padding == static_cast<int64_t>(GridSamplerPadding::Zeros)) {
-    const auto a = as_asked(input), b = as_asked(grid);
-    if (a.defined() && b.defined() && at::native::cond_cudnn_grid_sampler(a, b)) {
-      return at::cudnn_grid_sampler(input, grid);
-    }
+      padding == static_cast<int64_t>(GridSamplerPadding::Zeros) && plain(input) && plain(grid)) {
+    Call call;
+    const auto a = call.add(input, /*write=*/false), b = call.add(grid, /*write=*/false);
+    if (at::native::cond_cudnn_grid_sampler(call[a], call[b])) return at::cudnn_grid_sampler(input, grid);
   }
   return at::native::grid_sampler(input, grid, interpolation, padding, align_corners);
 }
@@ -95,19 +89,42 @@ Tensor clamped(at::IntArrayRef lengths, const Tensor& like) { return at::tensor(
 Tensor clamped(const Tensor& lengths, const Tensor& like) { return lengths.to(like.device()).clamp_min(1); }
 
 template <class Lengths>
-Tensor ctc_loss(const Tensor& log_probs, const Tensor& targets, Lengths input_lengths, Lengths target_lengths,
-                int64_t blank, int64_t reduction, bool zero_infinity) {
-  const bool batched = log_probs.dim() == 3;
-  const auto input = batched ? log_probs : log_probs.unsqueeze(1);
-  if (!as_asked(input).defined() ||
-      !at::_use_cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank)) {
-    return at::native::ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
-  }
-  const auto loss = std::get<0>(at::_cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank,
+Tensor cudnn_ctc_loss(const Tensor& log_probs, const Tensor& targets, Lengths input_lengths, Lengths target_lengths,
+                      int64_t blank, int64_t reduction, bool zero_infinity) {
+  const auto loss = std::get<0>(at::_cudnn_ctc_loss(log_probs, targets, input_lengths, target_lengths, blank,
                                                     /*deterministic=*/true, zero_infinity));
   if (reduction == at::Reduction::Mean) return (loss / clamped(target_lengths, loss)).mean();
-  if (reduction == at::Reduction::Sum) return loss.sum();
-  return batched ? loss : loss.squeeze(0);
+  return reduction == at::Reduction::Sum ? loss.sum() : loss;
+}
+
+Tensor ctc_loss_of_lists(const Tensor& log_probs, const Tensor& targets, at::IntArrayRef input_lengths,
+                         at::IntArrayRef target_lengths, int64_t blank, int64_t reduction, bool zero_infinity) {
+  const bool batched = log_probs.dim() == 3;
+  const auto input = batched ? log_probs : log_probs.unsqueeze(1);
+  if (!plain(input) || !at::_use_cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank)) {
+    return at::native::ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
+  }
+  auto loss = cudnn_ctc_loss(input, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
+  return batched || reduction != at::Reduction::None ? loss : loss.squeeze(0);
+}
+
+// With lengths in tensors cuDNN takes batches only; what it does not take is asked for again with lists.
+Tensor ctc_loss_of_tensors(const Tensor& log_probs, const Tensor& targets, const Tensor& input_lengths,
+                           const Tensor& target_lengths, int64_t blank, int64_t reduction, bool zero_infinity) {
+  if (!plain(log_probs) || !at::isIntegralType(input_lengths.scalar_type(), /*includeBool=*/false) ||
+      !at::isIntegralType(target_lengths.scalar_type(), /*includeBool=*/false)) {
+    return at::native::ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity);
+  }
+  if (at::_use_cudnn_ctc_loss(log_probs, targets, input_lengths, target_lengths, blank)) {
+    return cudnn_ctc_loss<const Tensor&>(log_probs, targets, input_lengths, target_lengths, blank, reduction,
+                                         zero_infinity);
+  }
+  const auto list = [](const Tensor& t) { return t.to(at::kCPU, at::kLong).contiguous(); };
+  const auto inputs = list(input_lengths), goals = list(target_lengths);
+  const auto numbers = [](const Tensor& t) {
+    return at::IntArrayRef(t.const_data_ptr<int64_t>(), static_cast<size_t>(t.numel()));
+  };
+  return ctc_loss_of_lists(log_probs, targets, numbers(inputs), numbers(goals), blank, reduction, zero_infinity);
 }
 
 // ---- recurrent layers
@@ -172,8 +189,14 @@ struct Placing {
 };
 Placing placing_of(TensorList weights, int64_t per_layer, int64_t input, int64_t hidden, int64_t projection,
                    const Layers& layers) {
-  std::vector<int64_t> key{static_cast<int64_t>(weights[0].scalar_type()), layers.mode,  per_layer, input, hidden,
-                           projection, layers.count, layers.bidirectional};
+  std::vector<int64_t> key{static_cast<int64_t>(weights[0].scalar_type()),
+                           layers.mode,
+                           per_layer,
+                           input,
+                           hidden,
+                           projection,
+                           layers.count,
+                           layers.bidirectional};
   static std::mutex mutex;
   static auto* const known = new std::map<std::vector<int64_t>, Placing>;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -228,9 +251,12 @@ std::tuple<Tensor, Tensor, Tensor> recurrent(const Tensor& input, const Tensor& 
 }
 
 bool recurrent_on_cudnn(const Tensor& input) {
+  if (!plain(input)) return false;
+  Call call;
   const auto type = input.scalar_type();
-  return acceptable(input) && (type == at::kFloat || type == at::kDouble || type == at::kHalf ||
-                               (type == at::kBFloat16 && at::detail::getCUDAHooks().supportsBFloat16RNNWithCuDNN()));
+  return at::native::cudnn_is_acceptable(call[call.add(input, /*write=*/false)]) &&
+         (type == at::kFloat || type == at::kDouble || type == at::kHalf ||
+          (type == at::kBFloat16 && at::detail::getCUDAHooks().supportsBFloat16RNNWithCuDNN()));
 }
 
 at::IntArrayRef sizes_in(const Tensor& batch_sizes) {
@@ -293,14 +319,15 @@ Tensor flatten_weight(TensorList weights, int64_t per_layer, int64_t input, int6
   Call call;
   for (const auto& w : weights) call.add(w, /*write=*/true, /*list=*/true);
   call.enter("aten::_cudnn_rnn_flatten_weight");
-  auto buffer = at::_ops::_cudnn_rnn_flatten_weight::redispatch(native.dense, call.list(0, weights.size()), per_layer,
-                                                                input, mode, hidden, projection, layers, batch_first,
-                                                                bidirectional);
+  auto buffer =
+      at::_ops::_cudnn_rnn_flatten_weight::redispatch(native.dense, call.list(0, weights.size()), per_layer, input,
+                                                      mode, hidden, projection, layers, batch_first, bidirectional);
   call.write_back();
   return call.result(std::move(buffer));
 }
 
-// Under autocast the layer runs in the lower precision; the weights' casts are what autograd sees.
+// Under autocast the layer runs in the lower precision; the weights' casts are what autograd sees, and the buffer's
+// what cuDNN reads.
 using RnnResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 RnnResult autocast_rnn(const Tensor& input, TensorList weights, int64_t per_layer, Optional buffer, const Tensor& hx,
                        Optional cx, int64_t mode, int64_t hidden, int64_t projection, int64_t layers, bool batch_first,
@@ -308,9 +335,16 @@ RnnResult autocast_rnn(const Tensor& input, TensorList weights, int64_t per_laye
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastPrivateUse1);
   const auto type = at::autocast::get_autocast_dtype(kFlagos);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, kFlagos); };
-  const bool same = weights[0].scalar_type() == type;
-  return at::_cudnn_rnn(cast(input), same ? weights.vec() : cast(weights), per_layer,
-                        same ? buffer : std::optional<Tensor>(), cast(hx), cast(cx), mode, hidden, projection, layers,
+  const auto lower = cast(weights);
+  Tensor flat;
+  if (buffer && buffer->defined()) {
+    const at::NoGradGuard no_grad;
+    const Layers kind{mode, per_layer > 3, layers, dropout, train, bidirectional, batch_first};
+    bool fits = plain(input) && placing_of(lower, per_layer, input.size(-1), hidden, projection, kind).offsets ==
+                                    placing_of(weights, per_layer, input.size(-1), hidden, projection, kind).offsets;
+    if (fits) flat = buffer->to(type);
+  }
+  return at::_cudnn_rnn(cast(input), lower, per_layer, flat, cast(hx), cast(cx), mode, hidden, projection, layers,
                         batch_first, dropout, train, bidirectional, batch_sizes, state);
 }
 
@@ -329,11 +363,11 @@ void register_cudnn() {
   for (auto* l : {below, autograd}) {
     l->impl("_batch_norm_impl_index", TORCH_FN(batch_norm));
     l->impl("grid_sampler", TORCH_FN(grid_sampler));
-    l->impl("ctc_loss.IntList", TORCH_FN(ctc_loss<at::IntArrayRef>));
-    l->impl("ctc_loss.Tensor", TORCH_FN(ctc_loss<const Tensor&>));
+    l->impl("ctc_loss.IntList", TORCH_FN(ctc_loss_of_lists));
+    l->impl("ctc_loss.Tensor", TORCH_FN(ctc_loss_of_tensors));
     l->impl("lstm.input", TORCH_FN(lstm));
     l->impl("lstm.data", TORCH_FN(lstm_packed));
-#define RNN(name, mode)                                                         \
+#define RNN(name, mode)                                              \
   l->impl(#name ".input", TORCH_FN((rnn<mode, &at::native::name>))); \
   l->impl(#name ".data", TORCH_FN((rnn_packed<mode, &at::native::name>)));
     RNN(gru, kGru)

@@ -30,7 +30,8 @@ class OnNative final : public Node {
   static void exchange(const Tensor& result) {
     auto node = result.grad_fn();
     auto* torchs = dynamic_cast<Node*>(node.get());
-    // Hooks on the node, as an in-place operator on a tensor that retains its gradient leaves them, stay where they are.
+    // Hooks on the node, as an in-place operator on a tensor that retains its gradient leaves them, stay where they
+    // are.
     if (!torchs || !torchs->tensor_pre_hooks().empty() || !torchs->retains_grad_hooks().empty()) return;
     const std::shared_ptr<OnNative> ours(new OnNative, autograd::deleteNode);
     ((ours.get()->*members = std::move(torchs->*members)), ...);
@@ -40,7 +41,7 @@ class OnNative final : public Node {
   }
 
   autograd::variable_list apply(autograd::variable_list&& gradients) override {
-    const bool plain = is_flagos(gradients[0]) && !gradients[0].key_set().has_any(at::kTensorSubclassLike);
+    const bool plain = is_flagos(gradients[0]) && (gradients[0].key_set() & at::kTensorSubclassLike).empty();
     if (at::GradMode::is_enabled() || !plain) return Node::apply(std::move(gradients));
     const std::lock_guard<std::mutex> one_at_a_time(aliased_);
     const BelowAutograd below;

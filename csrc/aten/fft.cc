@@ -50,8 +50,8 @@ int64_t scaling(Norm norm, bool forward) {
   return 1;
 }
 
-void real_only(const Tensor& t, const char* name) {
-  TORCH_CHECK(!t.is_complex(), name, " expects a real input tensor, but got ", t.scalar_type());
+void real_only(const Tensor& t, const char* name, const char* kind = "real ") {
+  TORCH_CHECK(!t.is_complex(), name, " expects a ", kind, "input tensor, but got ", t.scalar_type());
 }
 
 // Zeros after the end, or less of it.
@@ -174,7 +174,7 @@ Tensor fft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out)
   return to_complex(resized(complex(t), shape.dims, shape.lengths), shape.dims, norm, forward, out, "fftn");
 }
 Tensor rfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
-  real_only(t, "rfftn");
+  real_only(t, "rfftn", "real-valued ");
   const auto shape = shape_of(t, s, dim);
   TORCH_CHECK(!shape.dims.empty(), "rfftn must transform at least one axis");
   return from_real(resized(t, shape.dims, shape.lengths), shape.dims, norm, true, true, out, "rfftn");
@@ -194,7 +194,6 @@ Tensor hfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out
   return to_real(x, {final_dim}, norm, true, last, out, "hfftn");
 }
 Tensor ihfft_n(const Tensor& t, Lengths s, Dims dim, Norm norm, const Tensor& out) {
-  real_only(t, "ihfftn");
   auto shape = shape_of(t, s, dim);
   TORCH_CHECK(!shape.dims.empty(), "ihfftn must transform at least one axis");
   const auto x = resized(t, shape.dims, shape.lengths);

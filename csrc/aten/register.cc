@@ -9,6 +9,7 @@ void register_native_backend();   // backends/native
 void register_layouts();          // boxed.cc
 void register_host_composites();  // composite.cc
 void register_half_transforms();  // fft.cc
+void register_softmax();          // softmax.cc
 void register_cudnn();            // cudnn.cc
 void register_derivatives();      // derivatives.cc
 
@@ -46,6 +47,7 @@ void register_operators() {
   if (native.present && native.type == c10::DeviceType::CPU) register_host_composites();
   if (native.present && native.type == c10::DeviceType::CUDA) {
     register_half_transforms();
+    register_softmax();
     register_cudnn();
     register_derivatives();
   }

@@ -35,9 +35,8 @@ def case(*rows):
 
 def described(x):
     if isinstance(x, torch.Tensor):
-        version = None if x.is_inference() else x._version
         kind = x.device.type.replace("flagos", "cuda")
-        return [str(x.dtype), list(x.shape), list(x.stride()), kind, x.is_conj(), x.is_neg(), version]
+        return [str(x.dtype), list(x.shape), list(x.stride()), kind, x.is_conj(), x.is_neg()]
     if isinstance(x, (list, tuple)):
         return [described(y) for y in x]
     return repr(x)
@@ -54,6 +53,11 @@ def seen(function, device):
         except Exception as error:
             found = {"error": [type(error).__name__, str(error).split("\nException raised from")[0]]}
     return found | {"warnings": [str(w.message) for w in caught]}
+
+
+def versions(*values):
+    lists = [x if isinstance(x, list) else [x] for x in values]
+    return [t._version for x in lists for t in x if isinstance(t, torch.Tensor)]
 
 
 def randn(device, *size, dtype=torch.float32, grad=True):
@@ -215,12 +219,14 @@ def convolution(device, dims, dtype, transposed):
     return with_backward(layer(x), x, *layer.parameters())
 
 
-# ---- other choices by the device's name --------------------------------------------------------------------------------
+# ---- other choices by the device's name ------------------------------------------------------------------------------
 
 
 @case(["softmax", "log_softmax"], [torch.float16, torch.bfloat16], [torch.float32, torch.float64, None])
 def softmax(device, name, dtype, result):
     x = randn(device, 3, 5, dtype=dtype)
+    with torch.no_grad():
+        getattr(torch, name)(x, 0, dtype=result, out=torch.empty(3, 5, device=device, dtype=result or dtype))
     return with_backward(getattr(torch, name)(x, -1, dtype=result), x)
 
 
@@ -236,7 +242,7 @@ TRANSFORMS = "fft ifft rfft irfft hfft ihfft fft2 ifft2 rfft2 irfft2 hfft2 ihfft
 @case(TRANSFORMS.split(), [torch.float16, torch.complex32], ["exact", "empty", "strided", "wrong"])
 def half_transform_out(device, name, dtype, out):
     transform = getattr(torch.fft, name)
-    halved = "irfft" in name or "hfft" in name and "ihfft" not in name
+    halved = "irfft" in name or ("hfft" in name and "ihfft" not in name)
     x = torch.randn(4, 8, 9 if halved else 8, device=device).to(dtype)  # lengths have to be powers of two
     result = transform(x)
     of = {"exact": result.shape, "empty": (0,), "strided": (*result.shape, 2), "wrong": result.shape}[out]
@@ -270,7 +276,7 @@ def cumulative_backward(device, name, dtype):
     return with_backward(getattr(torch, name)(x, 1)[0], x)
 
 
-# ---- versions ----------------------------------------------------------------------------------------------------------
+# ---- versions --------------------------------------------------------------------------------------------------------
 
 
 LIST_OPERATORS = list_operators.operators()
@@ -282,7 +288,7 @@ def list_versions(device, name, dtype):
         torch._foreach_add_([torch.ones(2, device=device)], 1)
     positional, keyword = list_operators.arguments(LIST_OPERATORS[name], device, dtype)
     LIST_OPERATORS[name](*positional, **keyword)
-    return positional, list(keyword.values())
+    return versions(*positional, *keyword.values())
 
 
 @case(["twice the same", "made in inference mode"])
@@ -292,10 +298,10 @@ def list_of(device, what):
         with torch.inference_mode():
             x = torch.ones(2, device=device)
     torch._foreach_add_([x, x], 1)
-    return x
+    return versions(x)
 
 
-# ---- copies, errors ----------------------------------------------------------------------------------------------------
+# ---- copies, errors --------------------------------------------------------------------------------------------------
 
 BITS = {"plain": lambda t: t, "conj": torch.conj, "neg": torch._neg_view, "both": lambda t: torch._neg_view(t.conj())}
 
@@ -395,12 +401,12 @@ def other_library(device, what):
             operators.change_and_fail_(x)
         except ValueError:
             operators.change_one_(y, 1)  # must not inherit anything
-        return y
+        return versions(y)
     if "list" in what:
         operators.change_([x, y], times)
-        return [x, y]
+        return versions([x, y])
     assert operators.change_one_(x, times) is x
-    return x
+    return versions(x)
 
 
 @case([1, 2], [{}, {"alpha": 3.0}])

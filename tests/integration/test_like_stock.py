@@ -20,6 +20,14 @@ CHECKS = ROOT / "tests/common/stock_checks.py"
 BETTER = {
     r"ctc_loss mean cpu \w+ torch.int32 3": "torch divides by lengths on the CPU there, and fails",
 }
+# Lines of the log that torch could do without: they count on neither side.
+NEEDLESS = {
+    r"ctc_loss \w+ \w+ device .*": (r"copy \d+ bytes 0->-2 ", "torch asks MIOpen with a copy of the targets"),
+}
+# Where only the calls of cuDNN count.
+OTHER_CASTS = {
+    r"recurrent_with autocast": "torch copies all weights into a buffer of half precision, flagos casts one by one",
+}
 
 
 def run(device):
@@ -56,9 +64,16 @@ def test_like_cuda(group, found):
     assert names
     differences = []
     for name in names:
-        expected = stock[name]
+        expected, here = stock[name], ours[name]
         if "error" in expected:
             expected = expected | {"error": [expected["error"][0], in_flagos_words(expected["error"][1])]}
-        if ours[name] != expected and not any(re.fullmatch(pattern, name) for pattern in BETTER):
-            differences.append(f"{name}\n  cuda   {expected}\n  flagos {ours[name]}")
+        lines = {pattern: line for pattern, (line, _) in NEEDLESS.items()}
+        for pattern, line in [*lines.items(), *dict.fromkeys(OTHER_CASTS, "(?!cudnn)").items()]:
+            if re.fullmatch(pattern, name):
+                expected, here = (
+                    x | {"log": [entry for entry in x.get("log", []) if not re.match(line, entry)]}
+                    for x in (expected, here)
+                )
+        if here != expected and not any(re.fullmatch(pattern, name) for pattern in BETTER):
+            differences.append(f"{name}\n  cuda   {expected}\n  flagos {here}")
     assert not differences, f"{len(differences)} of {len(names)}\n" + "\n".join(differences[:5])

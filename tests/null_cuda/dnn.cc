@@ -29,7 +29,7 @@ size_t bytes_of(int type) {
 int call(const char* name) {
   if (null_cuda::standing_error()) return kExecutionFailed;
   const bool kernel = strstr(name, "Forward") || strstr(name, "Backward") || strstr(name, "CTCLoss_v8") ||
-                      !strcmp(name, "cudnnCTCLoss") || strstr(name, "SetDropout");
+                      !strcmp(name, "cudnnCTCLoss");
   if (kernel && !strstr(name, "cudnnBackend") && null_cuda::recording()) null_cuda::record(name, nullptr);
   return kSuccess;
 }
@@ -192,6 +192,10 @@ NULL_CUDA_API int cudnnGetCTCLossWorkspaceSize(void*, void*, void*, void*, void*
 }
 NULL_CUDA_API int cudnnGetCTCLossWorkspaceSize_v8(void*, int, void*, void*, void*, size_t* out) {
   return size(out, 2560);
+}
+// Fills a state from the seed, where there is one.
+NULL_CUDA_API int cudnnSetDropoutDescriptor(void*, void*, float, void* state, size_t, unsigned long long) {
+  return state ? call("cudnnSetDropoutDescriptorForward") : kSuccess;
 }
 NULL_CUDA_API int cudnnDropoutGetStatesSize(void*, size_t* out) { return size(out, 4096); }
 NULL_CUDA_API int cudnnGetRNNTempSpaceSizes(void*, void*, int, void*, size_t* work, size_t* reserve) {

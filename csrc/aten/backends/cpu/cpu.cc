@@ -56,9 +56,9 @@ void refuse_mixed(const c10::OperatorHandle& op, const torch::jit::Stack& stack,
     if (!value.isTensorList()) continue;
     for (const at::Tensor& t : value.toTensorList()) see(t);
   }
-  TORCH_CHECK(!ours || !other, "Expected all tensors to be on the same device, but found at least two devices, ",
-              *ours, " and ", *other, "! (when checking arguments of ", op.operator_name().name,
-              "). Move them with .to(\"", *ours, "\").");
+  TORCH_CHECK(!ours || !other, "Expected all tensors to be on the same device, but found at least two devices, ", *ours,
+              " and ", *other, "! (when checking arguments of ", op.operator_name().name, "). Move them with .to(\"",
+              *ours, "\").");
 }
 
 // The tensors that another library's operator changes. It counts their versions on the copies; autograd has to know it
