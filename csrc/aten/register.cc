@@ -9,6 +9,7 @@ void register_native_backend();   // backends/native
 void register_layouts();          // boxed.cc
 void register_host_composites();  // composite.cc
 void register_half_transforms();  // fft.cc
+void register_flash_attention();  // sdpa.cc
 
 namespace {
 
@@ -42,7 +43,10 @@ void register_operators() {
   set_native(platform());
   register_native_backend();
   if (native.present && native.type == c10::DeviceType::CPU) register_host_composites();
-  if (native.present && native.type == c10::DeviceType::CUDA) register_half_transforms();
+  if (native.present && native.type == c10::DeviceType::CUDA) {
+    register_half_transforms();
+    register_flash_attention();
+  }
   static auto* const library =
       new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto& dispatcher = c10::Dispatcher::singleton();

@@ -38,7 +38,6 @@ void initialize() {
   static std::atomic<bool> done{false};
   if (C10_LIKELY(done.load(std::memory_order_acquire))) return;
   at::globalContext().lazyInitDevice(c10::kCUDA);
-  watch_forks();
   static const bool installed = (install_alloc_front(), true);  // once, whichever thread comes first
   (void)installed;
   done.store(true, std::memory_order_release);
@@ -73,7 +72,10 @@ class CudaPlatform final : public Platform {
   // ---- devices
   c10::DeviceIndex device_count() const noexcept override { return c10::cuda::device_count(); }
   c10::DeviceIndex current_device() const override { return c10::cuda::current_device(); }
-  void set_device(c10::DeviceIndex index) override { guard_.setDevice(cuda_device(index)); }
+  void set_device(c10::DeviceIndex index) override {
+    check_fork();
+    guard_.setDevice(cuda_device(index));
+  }
   bool has_primary_context(c10::DeviceIndex index) const override { return hooks().hasPrimaryContext(index); }
   void device_info(c10::DeviceIndex index, flagos_device_info* info) const override;
   std::pair<size_t, size_t> mem_info(c10::DeviceIndex index) const override {
@@ -83,7 +85,10 @@ class CudaPlatform final : public Platform {
     C10_CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     return {free_bytes, total_bytes};
   }
-  void synchronize_device(c10::DeviceIndex index) const override { guard_.synchronizeDevice(index); }
+  void synchronize_device(c10::DeviceIndex index) const override {
+    check_fork();
+    guard_.synchronizeDevice(index);
+  }
   bool can_access_peer(c10::DeviceIndex index, c10::DeviceIndex peer) const override {
     int can = 0;
     C10_CUDA_CHECK(cudaDeviceCanAccessPeer(&can, index, peer));
@@ -99,28 +104,44 @@ class CudaPlatform final : public Platform {
   }
   c10::Stream exchange_stream(c10::Stream stream) override { return to_flagos(guard_.exchangeStream(to_cuda(stream))); }
   c10::Stream new_stream(c10::DeviceIndex index, int priority) override {
+    check_fork();
     return to_flagos(guard_.getNewStream(cuda_device(index), priority));
   }
   c10::Stream external_stream(c10::DeviceIndex index, void* native_handle) override {
     return to_flagos(c10::cuda::getStreamFromExternal(static_cast<cudaStream_t>(native_handle), index).unwrap());
   }
-  bool query_stream(c10::Stream stream) const override { return guard_.queryStream(to_cuda(stream)); }
-  void synchronize_stream(c10::Stream stream) const override { guard_.synchronizeStream(to_cuda(stream)); }
+  bool query_stream(c10::Stream stream) const override {
+    check_fork();
+    return guard_.queryStream(to_cuda(stream));
+  }
+  void synchronize_stream(c10::Stream stream) const override {
+    check_fork();
+    guard_.synchronizeStream(to_cuda(stream));
+  }
   void* native_handle(c10::Stream stream) const override { return c10::cuda::CUDAStream(to_cuda(stream)).stream(); }
   std::pair<int, int> stream_priority_range() const override {
     const auto range = c10::cuda::CUDAStream::priority_range();
     return {std::get<0>(range), std::get<1>(range)};
   }
   void record(void** event, c10::Stream stream, c10::EventFlag flag) const override {
+    check_fork();
     guard_.record(event, to_cuda(stream), stream.device_index(), flag);
   }
   void block(void* event, c10::Stream stream) const override { guard_.block(event, to_cuda(stream)); }
-  bool query_event(void* event) const override { return guard_.queryEvent(event); }
-  void synchronize_event(void* event) const override { guard_.synchronizeEvent(event); }
+  bool query_event(void* event) const override {
+    check_fork();
+    return guard_.queryEvent(event);
+  }
+  void synchronize_event(void* event) const override {
+    check_fork();
+    guard_.synchronizeEvent(event);
+  }
   double elapsed_ms(void* start, void* end, c10::DeviceIndex index) const override {
     return guard_.elapsedTime(start, end, index);
   }
-  void destroy_event(void* event, c10::DeviceIndex index) const noexcept override { guard_.destroyEvent(event, index); }
+  void destroy_event(void* event, c10::DeviceIndex index) const noexcept override {
+    if (!in_bad_fork()) guard_.destroyEvent(event, index);
+  }
 
   // ---- memory
   c10::DataPtr allocate(size_t nbytes) override {
@@ -233,5 +254,6 @@ extern "C" __attribute__((visibility("default"))) flagos::Platform* flagos_make_
       c10::cuda::device_count() > 0,
       "flagos: the cuda chip was chosen, but PyTorch finds no CUDA device; 'python -m torch_fl doctor' shows why, "
       "FLAGOS_ACCELERATOR=host uses the simulated device");
+  flagos::watch_forks();  // counting the devices has opened the driver, which a child cannot use from then on
   return new flagos::CudaPlatform();
 }
