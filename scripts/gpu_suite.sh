@@ -66,7 +66,7 @@ cp "$package"/*.so "$package/_build.py" "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
-declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=80 [memory]=60 [qwen3]=270
+declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=100 [memory]=60 [qwen3]=270
   [tests]=480 [hal]=120 [opdb]=540 [judge]=330 [plans]=120 [opdb_flaggems]=300)
 
 # stage NAME LIMIT JOBS: runs it; what a stage may take by itself (inner) is less, so that it ends in order.
