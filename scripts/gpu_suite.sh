@@ -1,6 +1,6 @@
 #!/bin/bash
-# Everything that needs a GPU, unattended: results as JSON in OUTDIR, to be copied to benchmarks/results, a log per stage
-# and a table at the end.
+# Everything that needs a GPU, unattended: results as JSON in OUTDIR, to be copied to benchmarks/results, a log per
+# stage and a table at the end.
 #
 #     PYTHONPATH=FOLDER scripts/gpu_suite.sh OUTDIR [stage...]
 #
@@ -105,7 +105,8 @@ stage() {
       --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-})
     ;;
   judge)
-    run=("$python" scripts/judge_flaggems.py --jobs "$jobs" --budget $inner --work "$out/judge" --out "$out/verdicts.json")
+    run=("$python" scripts/judge_flaggems.py --jobs "$jobs" --budget $inner --work "$out/judge"
+      --out "$out/verdicts.json")
     ;;
   plans) run=("$python" benchmarks/plan_sweep.py --seconds $inner --json "$out/plans.json") ;;
   opdb_flaggems)
