@@ -71,7 +71,10 @@ class CudaPlatform final : public Platform {
 
   // ---- devices
   c10::DeviceIndex device_count() const noexcept override { return c10::cuda::device_count(); }
-  c10::DeviceIndex current_device() const override { return c10::cuda::current_device(); }
+  c10::DeviceIndex current_device() const override {
+    check_fork();
+    return c10::cuda::current_device();
+  }
   void set_device(c10::DeviceIndex index) override {
     check_fork();
     guard_.setDevice(cuda_device(index));
