@@ -103,9 +103,7 @@ class Decoder:
 
 def decoder_source():
     """torch_fl/flagos/decode.py, loaded alone: a process of a stock device must not import torch_fl."""
-    package = importlib.util.find_spec("torch_fl")
-    path = Path(next(iter(package.submodule_search_locations))) / "flagos" / "decode.py"
-    spec = importlib.util.spec_from_file_location("graph_decode_source", path)
+    spec = importlib.util.spec_from_file_location("graph_decode_source", ROOT / "torch_fl" / "flagos" / "decode.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -138,11 +138,14 @@ def churn(options, budget) -> dict:
             finally:
                 channel.put(None)
         else:
-            while (item := channel.get()) is not None:
+            wrong = None
+            while (item := channel.get()) is not None:  # to the end, or the other thread would wait for ever
                 k, tensor = item
-                if k % 100 == 0 and not bool((tensor == k % 1000).all()):
-                    raise AssertionError(f"tensor {k} holds {tensor[:3].tolist()}")
+                if wrong is None and k % 100 == 0 and not bool((tensor == k % 1000).all()):
+                    wrong = f"tensor {k} holds {tensor[:3].tolist()}"
                 done[number % half] = k + 1
+            if wrong:
+                raise AssertionError(wrong)
 
     seconds, errors = in_threads(2 * half, work)
     return {"tensors": sum(done), "seconds": seconds, "per_second": sum(done) / seconds, "errors": errors}

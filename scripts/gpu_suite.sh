@@ -1,6 +1,6 @@
 #!/bin/bash
-# Everything that needs a GPU, unattended: results as JSON in OUTDIR, to be copied to benchmarks/results, a log per stage
-# and a table at the end.
+# Everything that needs a GPU, unattended: results as JSON in OUTDIR, to be copied to benchmarks/results, a log per
+# stage and a table at the end.
 #
 #     PYTHONPATH=FOLDER scripts/gpu_suite.sh OUTDIR [stage...]
 #
@@ -69,7 +69,7 @@ cp "$package"/*.so "$package/_build.py" "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
-declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=80 [memory]=60 [qwen3]=270
+declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=100 [memory]=60 [qwen3]=270
   [tests]=480 [hal]=120 [opdb]=540 [judge]=270 [plans]=120 [plan_time]=40 [opdb_flaggems]=110 [tuned]=300)
 work=${TMPDIR:-/tmp}/torch_fl_judge # outcomes and compiled kernels, kept from one call to the next
 export FLAGGEMS_CACHE_DIR=${FLAGGEMS_CACHE_DIR:-$work/cache}

@@ -169,7 +169,9 @@ c10::Storage Call::add(const c10::Storage& storage) {
 
 c10::Device Call::map(c10::Device device) {
   if (device.type() == kFlagos) {
-    const auto index = device.has_index() ? device.index() : platform().current_device();
+    const auto index = device.index() > 0   ? checked_index(device.index())
+                       : device.has_index() ? 0
+                                            : platform().current_device();
     note(index);
     return native.device(index);
   }

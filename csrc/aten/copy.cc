@@ -60,8 +60,8 @@ void copy(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   }
   try {
     at::_ops::copy_::redispatch(native.dense, call[to], call[from], non_blocking);
-  } catch (c10::AcceleratorError& error) {
-    name_operator(error, "aten::copy_");
+  } catch (c10::Error& error) {
+    tell(error, "aten::copy_");
     throw;
   }
   call.write_back();

@@ -12,6 +12,7 @@ void register_half_transforms();  // fft.cc
 void register_softmax();          // softmax.cc
 void register_cudnn();            // cudnn.cc
 void register_derivatives();      // derivatives.cc
+void register_flash_attention();  // sdpa.cc
 
 namespace {
 
@@ -50,6 +51,7 @@ void register_operators() {
     register_softmax();
     register_cudnn();
     register_derivatives();
+    register_flash_attention();
   }
   static auto* const library =
       new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);

@@ -25,10 +25,15 @@ struct FlagosAllocator final : c10::DeviceAllocator {
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex index) override {
     return platform().allocator().getDeviceStats(checked_index(index));
   }
+  // Before anything was allocated a native allocator may know no device yet.
   void resetAccumulatedStats(c10::DeviceIndex index) override {
+    platform().start();
     platform().allocator().resetAccumulatedStats(checked_index(index));
   }
-  void resetPeakStats(c10::DeviceIndex index) override { platform().allocator().resetPeakStats(checked_index(index)); }
+  void resetPeakStats(c10::DeviceIndex index) override {
+    platform().start();
+    platform().allocator().resetPeakStats(checked_index(index));
+  }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex index) override {
     return platform().mem_info(checked_index(index));
   }

@@ -39,7 +39,6 @@ void initialize() {
   static std::atomic<bool> done{false};
   if (C10_LIKELY(done.load(std::memory_order_acquire))) return;
   at::globalContext().lazyInitDevice(c10::kCUDA);
-  watch_forks();
   static const bool installed = (install_alloc_front(), true);  // once, whichever thread comes first
   (void)installed;
   done.store(true, std::memory_order_release);
@@ -48,10 +47,11 @@ void initialize() {
 // Waiting is where the error of a kernel surfaces that nobody asked about before: it then names the last operators.
 template <typename F>
 auto waiting(const char* where, const F& wait) {
+  check_fork();
   try {
     return wait();
   } catch (c10::AcceleratorError& error) {
-    name_operator(error, where);
+    tell(error, where);
     throw;
   }
 }
@@ -84,8 +84,14 @@ class CudaPlatform final : public Platform {
 
   // ---- devices
   c10::DeviceIndex device_count() const noexcept override { return c10::cuda::device_count(); }
-  c10::DeviceIndex current_device() const override { return c10::cuda::current_device(); }
-  void set_device(c10::DeviceIndex index) override { guard_.setDevice(cuda_device(index)); }
+  c10::DeviceIndex current_device() const override {
+    check_fork();
+    return c10::cuda::current_device();
+  }
+  void set_device(c10::DeviceIndex index) override {
+    check_fork();
+    guard_.setDevice(cuda_device(index));
+  }
   bool has_primary_context(c10::DeviceIndex index) const override { return hooks().hasPrimaryContext(index); }
   void device_info(c10::DeviceIndex index, flagos_device_info* info) const override;
   std::pair<size_t, size_t> mem_info(c10::DeviceIndex index) const override {
@@ -113,6 +119,7 @@ class CudaPlatform final : public Platform {
   }
   c10::Stream exchange_stream(c10::Stream stream) override { return to_flagos(guard_.exchangeStream(to_cuda(stream))); }
   c10::Stream new_stream(c10::DeviceIndex index, int priority) override {
+    check_fork();
     return to_flagos(guard_.getNewStream(cuda_device(index), priority));
   }
   c10::Stream external_stream(c10::DeviceIndex index, void* native_handle) override {
@@ -130,6 +137,7 @@ class CudaPlatform final : public Platform {
     return {std::get<0>(range), std::get<1>(range)};
   }
   void record(void** event, c10::Stream stream, c10::EventFlag flag) const override {
+    check_fork();
     guard_.record(event, to_cuda(stream), stream.device_index(), flag);
   }
   void block(void* event, c10::Stream stream) const override { guard_.block(event, to_cuda(stream)); }
@@ -262,5 +270,6 @@ extern "C" __attribute__((visibility("default"))) flagos::Platform* flagos_make_
       c10::cuda::device_count() > 0,
       "flagos: the cuda chip was chosen, but PyTorch finds no CUDA device; 'python -m torch_fl doctor' shows why, "
       "FLAGOS_ACCELERATOR=host uses the simulated device");
+  flagos::watch_forks();  // counting the devices has opened the driver, which a child cannot use from then on
   return new flagos::CudaPlatform();
 }

@@ -88,11 +88,8 @@ def forget():
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-class Arguments(transformers.TrainingArguments):
-    @property
-    def device(self):
-        found = super().device
-        return torch.device("flagos") if found.type == "cuda" else found
+class OnFlagos(transformers.TrainingArguments):
+    device = property(lambda self: super(OnFlagos, self).device and torch.device("flagos"))
 
 
 def trainer(make, folder, cpu=False, **options):
@@ -108,7 +105,8 @@ def trainer(make, folder, cpu=False, **options):
             setattr(model.config, name, 0.0)
     defaults = {"per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
     defaults |= {"disable_tqdm": True, "seed": 0, "max_steps": 6, "use_cpu": cpu}
-    arguments = Arguments(output_dir=str(folder), **{**defaults, **options})
+    kind = transformers.TrainingArguments if cpu else OnFlagos
+    arguments = kind(output_dir=str(folder), **{**defaults, **options})
     return transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
 
 

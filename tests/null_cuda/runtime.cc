@@ -7,7 +7,7 @@
 //
 //   NULL_CUDA_DEVICES    number of devices (default 1)         NULL_CUDA_MEMORY   bytes of each (default 8 GiB)
 //   NULL_CUDA_LAUNCH_NS  what a launch takes (default 0)       NULL_CUDA_DRIVER   driver version (default 13000)
-//   NULL_CUDA_ARCH       compute capability (default 90; torch prefers cuDNN's attention then, which does not start here)
+//   NULL_CUDA_ARCH       compute capability (default 90, for which torch prefers cuDNN's attention; not there with 80)
 //
 // null_cuda_log(1) empties and starts the log, null_cuda_log(2) shows addresses as they are, null_cuda_read() gives its
 // text; null_cuda_fail("cudaMalloc", 2) makes the next call of a function return a number, null_cuda_break(700) makes
