@@ -99,7 +99,7 @@ def work(options) -> None:
         end = time.monotonic() + options.op_budget
         note = "" if cases else "no sample reaches it"
         for number, case in enumerate(cases):
-            if case.label in task["skip"]:
+            if {case.label, f"* {case.label.split()[-1]}"} & set(task["skip"]):
                 continue
             if time.monotonic() > end:
                 note = f"{options.op_budget:.0f} s were over after {number} of {len(cases)} cases"
@@ -199,7 +199,7 @@ class Run:
 
     def crash(self, crash):
         """A case whose kernel killed its process is a failed one; the others are tried again without it. When it was
-        the CPU's or the native kernel, the case says nothing."""
+        the CPU's or the native kernel, the case says nothing, and nor do others with the same change."""
         label, call, facts, kernel = crash.at if crash.at and len(crash.at) == 4 else ("start", "", {}, False)
         task = crash.task
         # What the process said last, warnings of torch's aside.
@@ -211,7 +211,8 @@ class Run:
             note = f"its process ended {len(task['skip']) + 1} times, the last one: {outcome.message}"
             self.done(task, {"op": task["op"], "outcomes": [], "note": note})
             return None
-        return {**task, "skip": [*task["skip"], label]}
+        word = label.split()[-1]
+        return {**task, "skip": [*task["skip"], label if kernel or word.isdigit() else f"* {word}"]}
 
     def entry(self, op):
         row = self.results.get(op)
