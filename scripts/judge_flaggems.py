@@ -62,7 +62,7 @@ def arguments(argv=None):
     parser.add_argument("--compare", type=Path, help="verdicts of an earlier run; other ones give exit code 1")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
     parser.add_argument("--fresh", action="store_true", help="forget the outcomes of earlier runs")
-    parser.add_argument("--out", type=Path, help="file of the verdicts (default: beside torch_fl/flaggems)")
+    parser.add_argument("--out", type=Path, help="file of the verdicts (default: in torch_fl/flaggems)")
     parser.add_argument("--show", action="store_true", help="print every case instead of writing verdicts")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -289,12 +289,15 @@ def main(argv=None) -> int:
                 print(f"{outcome['state']:10} {outcome['label']:50} {outcome['call']} {outcome['message']}")
             print(f"{op}: {short(run.entry(op))}")
         return 0
-    entries = {op: run.entry(op) for op in sorted(every)}
+    path = options.out or ROOT / "torch_fl/flaggems" / flaggems.verdict_file(version, torch_fl.chip()).name
+    # What --ops leaves out keeps the verdict that the file has.
+    before = json.loads(path.read_text())["ops"] if path.exists() else {}
+    left_out = {"verdict": "unjudged", "why": "not among the operators of the run"}
+    entries = {op: run.entry(op) if op in names else before.get(op, left_out) for op in sorted(every)}
     totals: dict[str, int] = {}
     for entry in entries.values():
         totals[entry["verdict"]] = totals.get(entry["verdict"], 0) + 1
     data = {**about, "totals": dict(sorted(totals.items())), "ops": entries}
-    path = options.out or flaggems.verdict_file(version, torch_fl.chip())
     lines = ",\n".join(f"  {json.dumps(op)}: {json.dumps(entry)}" for op, entry in entries.items())
     head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "ops")
     path.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")
