@@ -62,7 +62,7 @@ def arguments(argv=None):
     parser.add_argument("--compare", type=Path, help="verdicts of an earlier run; other ones give exit code 1")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
     parser.add_argument("--fresh", action="store_true", help="forget the outcomes of earlier runs")
-    parser.add_argument("--out", type=Path, help="file of the verdicts (default: beside torch_fl/flaggems)")
+    parser.add_argument("--out", type=Path, help="file of the verdicts (default: in torch_fl/flaggems)")
     parser.add_argument("--show", action="store_true", help="print every case instead of writing verdicts")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -99,7 +99,7 @@ def work(options) -> None:
         end = time.monotonic() + options.op_budget
         note = "" if cases else "no sample reaches it"
         for number, case in enumerate(cases):
-            if case.label in task["skip"]:
+            if {case.label, f"* {case.label.split()[-1]}"} & set(task["skip"]):
                 continue
             if time.monotonic() > end:
                 note = f"{options.op_budget:.0f} s were over after {number} of {len(cases)} cases"
@@ -199,7 +199,7 @@ class Run:
 
     def crash(self, crash):
         """A case whose kernel killed its process is a failed one; the others are tried again without it. When it was
-        the CPU's or the native kernel, the case says nothing."""
+        the CPU's or the native kernel, the case says nothing, and nor do others with the same change."""
         label, call, facts, kernel = crash.at if crash.at and len(crash.at) == 4 else ("start", "", {}, False)
         task = crash.task
         # What the process said last, warnings of torch's aside.
@@ -211,7 +211,8 @@ class Run:
             note = f"its process ended {len(task['skip']) + 1} times, the last one: {outcome.message}"
             self.done(task, {"op": task["op"], "outcomes": [], "note": note})
             return None
-        return {**task, "skip": [*task["skip"], label]}
+        word = label.split()[-1]
+        return {**task, "skip": [*task["skip"], label if kernel or word.isdigit() else f"* {word}"]}
 
     def entry(self, op):
         row = self.results.get(op)
@@ -288,12 +289,15 @@ def main(argv=None) -> int:
                 print(f"{outcome['state']:10} {outcome['label']:50} {outcome['call']} {outcome['message']}")
             print(f"{op}: {short(run.entry(op))}")
         return 0
-    entries = {op: run.entry(op) for op in sorted(every)}
+    path = options.out or ROOT / "torch_fl/flaggems" / flaggems.verdict_file(version, torch_fl.chip()).name
+    # What --ops leaves out keeps the verdict that the file has.
+    before = json.loads(path.read_text())["ops"] if path.exists() else {}
+    left_out = {"verdict": "unjudged", "why": "not among the operators of the run"}
+    entries = {op: run.entry(op) if op in names else before.get(op, left_out) for op in sorted(every)}
     totals: dict[str, int] = {}
     for entry in entries.values():
         totals[entry["verdict"]] = totals.get(entry["verdict"], 0) + 1
     data = {**about, "totals": dict(sorted(totals.items())), "ops": entries}
-    path = options.out or flaggems.verdict_file(version, torch_fl.chip())
     lines = ",\n".join(f"  {json.dumps(op)}: {json.dumps(entry)}" for op, entry in entries.items())
     head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "ops")
     path.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")

@@ -125,6 +125,8 @@ def table(chip: str, version: str | None) -> dict[str, tuple[str, str, dict]]:
     for op in sorted({*flaggems.operators(version), *judged}):
         if not exists(op):
             rows[op] = ("unusable", f"torch {torch.__version__} has no operator of that name", {})
+        elif op in flaggems.NO_ROUTE:
+            rows[op] = ("unusable", flaggems.NO_ROUTE[op], {})
         elif _composite(op):
             rows[op] = ("unusable", "torch composes it of other operators; served whole it would lose its gradient", {})
         elif op not in judged:

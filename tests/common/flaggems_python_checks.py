@@ -225,6 +225,16 @@ def check_limits_go_to_the_next_backend():
     assert all(seconds > 0 for _, seconds in rows.values())
 
 
+def check_a_limit_on_the_number_of_tensors():
+    import flag_gems
+
+    x = random(3, 4).flagos()
+    for tensors, by_flaggems in (([x, x], True), ([x], False), ([x, x[:, :0]], False)):
+        flag_gems.CALLS.clear()
+        assert torch.equal(torch.cat(tensors, 1).cpu(), torch.cat([t.cpu() for t in tensors], 1))
+        assert flag_gems.CALLS == (["cat"] if by_flaggems else []), [t.shape for t in tensors]
+
+
 def check_conditions_of_a_route():
     import flag_gems
 

@@ -26,6 +26,12 @@ VERDICTS = ("right", "wrong", "unjudged", "unusable")
 # FlagGems' name -> torch's, where FlagGems leaves an overload out that torch has.
 RENAMED = {name: f"{name}.Tensor" for name in ("bitwise_left_shift", "bitwise_right_shift", "copysign")}
 
+# Operators of FlagGems that no route can send anywhere, and why.
+NO_ROUTE = {
+    "copy_": "copies are torch_fl's own, because they also go between devices",
+    "max_pool2d_backward": "torch calls it on no chip of ours; the gradient is max_pool2d_with_indices_backward's",
+}
+
 
 class Judgement(NamedTuple):
     verdict: str  # one of VERDICTS
