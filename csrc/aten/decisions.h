@@ -40,6 +40,9 @@ std::string native_name(const Slot& slot);
 // Every backend as seen from an operator that has a route, and which of them is native there.
 std::vector<Candidate> candidates(const std::string& op, std::string& native_backend);
 
+// Who serves an operator that has no route, as a step of explain().
+Step served_without_route(const std::optional<c10::OperatorHandle>& op);
+
 // The operator of such a name.
 std::optional<c10::OperatorHandle> operator_named(const std::string& name);
 

@@ -170,20 +170,12 @@ void check_name(const std::string& name) {
 // explain() of an operator without a slot: who serves it, and why no backend is asked.
 Resolution unrouted(const std::string& name) {
   const auto op = operator_named(name);
-  const auto has = [&](c10::DispatchKey key) { return op && op->hasKernelForDispatchKey(key); };
   Slot slot;  // what a backend would see
   slot.name = name;
   slot.op = op;
   Resolution result;
   result.origin = "default";
-  if (has(c10::DispatchKey::PrivateUse1)) {
-    result.steps.push_back({"torch_fl", true, "torch_fl serves it itself, as part of the device; it cannot be routed"});
-  } else if (has(c10::DispatchKey::CompositeImplicitAutograd) || has(c10::DispatchKey::CompositeExplicitAutograd) ||
-             has(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
-    result.steps.push_back({"composite", true, "it is composed of other operators; route those"});
-  } else {
-    result.steps.push_back({"none", false, "no call has reached flagos yet; it gets a route with the first one"});
-  }
+  result.steps.push_back(served_without_route(op));
   if (!op) return result;
   std::vector<Kernel> kernels;
   for (auto& candidate : candidates_of(slot, kernels)) {
@@ -242,27 +234,6 @@ bool register_backend(Backend backend) {
 }
 
 std::string native_name(const Slot& slot) { return slot.compose ? "composite" : platform().chip(); }
-
-std::optional<c10::OperatorHandle> operator_named(const std::string& name) {
-  const auto dot = name.find('.');
-  const auto base = (name.find("::") == std::string::npos ? "aten::" : "") + name.substr(0, dot);
-  return c10::Dispatcher::singleton().findOp({base, dot == std::string::npos ? "" : name.substr(dot + 1)});
-}
-
-std::string plain_name(const c10::OperatorName& name) {
-  auto full = c10::toString(name);
-  return full.compare(0, 6, "aten::") == 0 ? full.substr(6) : full;
-}
-
-const OpNames& operator_names() {
-  static const OpNames names = [] {
-    OpNames all;
-    for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) all.push_back(plain_name(name));
-    std::sort(all.begin(), all.end());
-    return all;
-  }();
-  return names;
-}
 
 Slot& slot_of(const c10::OperatorHandle& op) {
   auto& t = table();

@@ -20,10 +20,11 @@ for _ in range(3):
     found += [torch.erfinv(few) for _ in range(4)]
     written = ones.clone().lgamma_()
     view = torch.ones(LARGE + 8, device="flagos")[8:].lgamma_()
+    filled = torch.empty_like(ones).fill_(2.0)
     noise = torch.empty(1000, device="flagos").normal_()
     where = torch.nonzero(x[:100] > 0)
     ((w * w).exp().cos().sum()).backward()
-    for tensor in (*found, written, view, noise, where, w.grad):
+    for tensor in (*found, written, view, filled, noise, where, w.grad):
         total += tensor.double().sum()
     assert (ones == 1).all() and (zeros == 0).all()
 print("result", float(total).hex(), float(torch.rand((), device="flagos")).hex(), torch.rand(()).item(), sys.argv[1:])
