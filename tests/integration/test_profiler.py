@@ -165,14 +165,14 @@ def test_chrome_trace_has_arrows_from_the_operators_to_the_device(device, tmp_pa
         with torch_fl.flagos.stream(side):
             x = host.to(device, non_blocking=True)
         torch_fl.flagos.current_stream().wait_stream(side)
-        x.exp()
+        x.requires_grad_().exp().sum().backward()  # in autograd's thread
     prof.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     arrows = [e for e in events if e.get("cat") == "ac2g"]
     work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy")]
     launches = [e for e in events if e.get("cat") == "privateuse1_runtime"]
     assert {"flagosLaunchKernel", "flagosMemcpyAsync"} == {e["name"] for e in launches}
-    assert len(work) == len(launches) == len(arrows) / 2 >= 2
+    assert len(work) == len(launches) == len(arrows) / 2 >= 4 and len({e["tid"] for e in launches}) == 2
     operators = {e["args"]["External id"]: e for e in events if e.get("cat") == "cpu_op"}
     for item in work:
         number = item["args"]["correlation"]
