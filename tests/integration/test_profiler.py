@@ -91,11 +91,16 @@ def test_legacy_autograd_profiler(work):
 
 
 def test_memory_of_the_profile(device):
+    """Who took how much of the device's memory, and that it came back."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         x = torch.ones(1 << 20, device=device)
         y = x + 1
-        del x, y
-    assert any(row.key == "aten::add" for row in prof.key_averages())
+        del x
+    rows = {row.key: row for row in prof.key_averages()}
+    assert 4 << 20 <= rows["aten::add"].device_memory_usage < 5 << 20
+    assert 4 << 20 <= rows["aten::ones"].device_memory_usage < 5 << 20
+    assert rows["[memory]"].device_memory_usage <= -4 << 20 and y.numel() == 1 << 20
+    assert "Mem" in prof.key_averages().table(sort_by="self_device_memory_usage")
 
 
 BOTH = [ProfilerActivity.CPU, ProfilerActivity.PrivateUse1]
