@@ -21,6 +21,8 @@ WAITS = {
     "torch.flagos.current_stream().query()": ("stream_query", "cudaStreamQuery"),
     "event.synchronize()": ("event_sync", "cudaEventSynchronize"),
     "event.query()": ("event_query", "cudaEventQuery"),
+    "torch.flagos.current_stream().record_event(event)": ("event_record", "cudaEventRecord"),
+    "torch.flagos.Stream().wait_event(event)": ("stream_wait_event", "cudaStreamWaitEvent"),
     "x.sum().item()": ("stream_sync", "cudaStreamSynchronize"),
     "x.cpu()": ("stream_sync", "cudaStreamSynchronize"),
     "x.tolist()": ("stream_sync", "cudaStreamSynchronize"),
