@@ -102,6 +102,7 @@ py::list events_as_python(const std::vector<MemoryEvent>& events, const Places& 
     event["time_us"] = e.time_us;
     event["segment_pool_id"] = py::make_tuple(0, e.pool);
     event["frames"] = places.of(e.context);
+    for (const char* name : {"compile_context", "user_metadata"}) event[name] = "";  // given by programs, on CUDA
     out.append(event);
   }
   return out;

@@ -44,7 +44,7 @@ void initialize() {
   done.store(true, std::memory_order_release);
 }
 
-// Waiting is where the error of a kernel surfaces that nobody asked about before: it then names the last operators.
+// Calls in which the error of an earlier kernel surfaces, most of them waiting: it then names the last operators.
 template <typename F>
 auto waiting(const char* where, const F& wait) {
   check_fork();
@@ -137,10 +137,11 @@ class CudaPlatform final : public Platform {
     return {std::get<0>(range), std::get<1>(range)};
   }
   void record(void** event, c10::Stream stream, c10::EventFlag flag) const override {
-    check_fork();
-    guard_.record(event, to_cuda(stream), stream.device_index(), flag);
+    waiting("recording an event", [&] { guard_.record(event, to_cuda(stream), stream.device_index(), flag); });
   }
-  void block(void* event, c10::Stream stream) const override { guard_.block(event, to_cuda(stream)); }
+  void block(void* event, c10::Stream stream) const override {
+    waiting("making a stream wait", [&] { guard_.block(event, to_cuda(stream)); });
+  }
   bool query_event(void* event) const override {
     return waiting("querying an event", [&] { return guard_.queryEvent(event); });
   }

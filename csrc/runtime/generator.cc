@@ -14,6 +14,14 @@ FlagosGenerator::FlagosGenerator(at::Generator native, c10::DeviceIndex index)
     : c10::GeneratorImpl(flagos_device(index), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)),
       native_(std::move(native)) {}
 
+// The simulated chip's numbers are a CPU generator's, which has no offset. Pickling a generator asks for it.
+uint64_t FlagosGenerator::get_offset() const { return native_.device().type() == c10::kCPU ? 0 : native_.get_offset(); }
+void FlagosGenerator::set_offset(uint64_t offset) {
+  if (native_.device().type() != c10::kCPU) return native_.set_offset(offset);
+  TORCH_CHECK(offset == 0, "flagos: generators of the chip ", platform().chip(), " have no offset, so it cannot be ",
+              offset, "; set_state() takes what get_state() gave");
+}
+
 void FlagosGenerator::set_state(const c10::TensorImpl& state) { native_.unsafeGetGeneratorImpl()->set_state(state); }
 
 c10::intrusive_ptr<c10::TensorImpl> FlagosGenerator::get_state() const {

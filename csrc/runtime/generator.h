@@ -13,8 +13,8 @@ struct FlagosGenerator final : c10::GeneratorImpl {
   FlagosGenerator(at::Generator native, c10::DeviceIndex index);
 
   void set_current_seed(uint64_t seed) override { native_.set_current_seed(seed); }
-  void set_offset(uint64_t offset) override { native_.set_offset(offset); }
-  uint64_t get_offset() const override { return native_.get_offset(); }
+  void set_offset(uint64_t offset) override;
+  uint64_t get_offset() const override;
   uint64_t current_seed() const override { return native_.current_seed(); }
   uint64_t seed() override { return native_.seed(); }
   void set_state(const c10::TensorImpl& state) override;

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+import torch_fl
 from tests.common import null_cuda
 from tests.common.process import check_python, run_python
 
@@ -150,6 +151,40 @@ def failures():
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_beside_torch_cuda(check, failures):
     assert check.__name__ not in failures, failures[check.__name__]
+
+
+def keys(module, device):
+    """The keys of each kind of dictionary that says something of memory."""
+    import torch
+
+    module.memory._record_memory_history()
+    try:
+        kept = [torch.empty(1000, device=device), torch.empty(10).pin_memory()]
+        snapshot = module.memory._snapshot()
+    finally:
+        module.memory._record_memory_history(enabled=None)
+    del kept
+    events = [event for trace in snapshot["device_traces"] for event in trace if event["action"] == "alloc"]
+    segment = snapshot["segments"][0]
+    return {
+        "memory_stats": sorted(module.memory_stats()),
+        "host_memory_stats": sorted(module.host_memory_stats()),
+        "snapshot": sorted(snapshot),
+        "segment": sorted(segment),
+        "block": sorted(segment["blocks"][0]),
+        "event": sorted(events[-1]),
+    }
+
+
+def test_memory_is_described_with_torch_s_keys(device):
+    """Those of the chip of this process, and torch.cuda's own."""
+    code = f"import json, torch\n{inspect.getsource(keys)}\nprint(json.dumps(keys(torch.cuda, 'cuda')))"
+    theirs = json.loads(
+        check_python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0", **null_cuda.environment()).splitlines()[-1]
+    )
+    ours = keys(torch_fl.flagos, device)
+    assert {name: set(of) - set(ours[name]) for name, of in theirs.items() if set(of) - set(ours[name])} == {}
+    assert ours["memory_stats"] == theirs["memory_stats"] and len(theirs["memory_stats"]) > 50
 
 
 def test_the_doctor_notices_kernels_that_do_nothing():

@@ -91,11 +91,16 @@ def test_legacy_autograd_profiler(work):
 
 
 def test_memory_of_the_profile(device):
+    """Who took how much of the device's memory, and that it came back."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         x = torch.ones(1 << 20, device=device)
         y = x + 1
-        del x, y
-    assert any(row.key == "aten::add" for row in prof.key_averages())
+        del x
+    rows = {row.key: row for row in prof.key_averages()}
+    assert 4 << 20 <= rows["aten::add"].device_memory_usage < 5 << 20
+    assert 4 << 20 <= rows["aten::ones"].device_memory_usage < 5 << 20
+    assert rows["[memory]"].device_memory_usage <= -4 << 20 and y.numel() == 1 << 20
+    assert "Mem" in prof.key_averages().table(sort_by="self_device_memory_usage")
 
 
 BOTH = [ProfilerActivity.CPU, ProfilerActivity.PrivateUse1]
@@ -165,14 +170,14 @@ def test_chrome_trace_has_arrows_from_the_operators_to_the_device(device, tmp_pa
         with torch_fl.flagos.stream(side):
             x = host.to(device, non_blocking=True)
         torch_fl.flagos.current_stream().wait_stream(side)
-        x.exp()
+        x.requires_grad_().exp().sum().backward()  # in autograd's thread
     prof.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     arrows = [e for e in events if e.get("cat") == "ac2g"]
     work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy")]
     launches = [e for e in events if e.get("cat") == "privateuse1_runtime"]
     assert {"flagosLaunchKernel", "flagosMemcpyAsync"} == {e["name"] for e in launches}
-    assert len(work) == len(launches) == len(arrows) / 2 >= 2
+    assert len(work) == len(launches) == len(arrows) / 2 >= 4 and len({e["tid"] for e in launches}) == 2
     operators = {e["args"]["External id"]: e for e in events if e.get("cat") == "cpu_op"}
     for item in work:
         number = item["args"]["correlation"]

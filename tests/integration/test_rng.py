@@ -1,5 +1,8 @@
 """Random numbers: seeds, states, generators of one's own, devices apart from each other."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -103,6 +106,33 @@ def test_clone_state():
     assert torch.equal(draw(generator=generator), draw(generator=clone))
     draw(generator=generator)
     assert not torch.equal(draw(generator=generator), draw(generator=clone))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))], ids=["deepcopy", "pickle"])
+def test_copies_of_a_generator_go_on_where_it_is(copied):
+    generator = torch.Generator("flagos").manual_seed(9)
+    draw(generator=generator)
+    again = copied(generator)
+    assert again.device.type == "flagos" and again.initial_seed() == 9
+    assert torch.equal(again.get_state(), generator.get_state())
+    assert torch.equal(draw(generator=again), draw(generator=generator))
+
+
+def test_offset():
+    """Where the chip's generators count, it moves; on the simulated chip the state alone says where they are."""
+    generator = torch.Generator("flagos").manual_seed(9)
+    assert generator.get_offset() == 0
+    draw(generator=generator)
+    if torch_fl.chip() == "host":
+        assert generator.get_offset() == 0
+        with pytest.raises(RuntimeError, match="the chip host have no offset"):
+            generator.set_offset(4)
+    else:
+        moved = generator.get_offset()
+        assert moved > 0
+        first = draw(generator=generator)
+        generator.set_offset(moved)
+        assert torch.equal(draw(generator=generator), first)
 
 
 def test_default_generator():
