@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable
 
-
 START = 120.0  # seconds that a process may need until its first step, or in one that it calls "start"
 
 
