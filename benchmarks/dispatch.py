@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -123,20 +122,6 @@ OPS = {
 }
 THIRD_PARTY = "third party"
 OPS[THIRD_PARTY] = lambda i: torch.ops.flagos_bench.scale(i.x, 2.0)
-
-
-def load_third_party(folder: str) -> None:
-    """Builds third_party.cc and registers its operator."""
-    torch_folder = Path(torch.__file__).parent
-    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
-    library = f"{folder}/libthird_party.so"
-    command = ["c++", f"-std=c++{standard}", "-O2", "-fPIC", "-shared", "-o", library]
-    command += [str(ROOT / "benchmarks/third_party.cc"), "-isystem", str(torch_folder / "include")]
-    command += [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"third_party.cc does not compile: {done.stderr[-2000:]}")
-    torch.ops.load_library(library)
 
 
 def measure(calls, repeat, batch, synchronize):
@@ -245,7 +230,7 @@ def main(argv=None) -> int:
     if THIRD_PARTY in names:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                load_third_party(folder)
+                torch.ops.load_library(common.compile_operators("third_party", folder))
             except (OSError, RuntimeError) as error:
                 print(error)
     gc.disable()

@@ -10,7 +10,7 @@ import make_backends_conf
 import pytest
 
 import torch_fl
-from benchmarks import common, dispatch, memory, qwen3, threads, tuned
+from benchmarks import common, dispatch, instructions, memory, qwen3, threads, tuned
 
 
 def speed(device, value, tokens=(1, 2, 3)):
@@ -223,3 +223,14 @@ def test_the_benchmark_of_tuned_routes_runs(tmp_path):
     assert data["verify"]["tuned"]["tokens_equal"] and data["verify"]["tuned"]["loss_apart"] == 0
     assert {row["op"] for row in data["tuning"]["rows"]} == {"mul.Tensor", "cos"}
     assert "mul.Tensor = native" in (tmp_path / "tuned.conf").read_text()
+
+
+def test_instructions_are_read_from_callgrind(tmp_path):
+    """Names are given once and by number afterwards; what a callee took is on a line of its own."""
+    (tmp_path / "counts.1").write_text(
+        "desc: Trigger: Client Request: flagos/add_\nsummary: 100\n\nob=(1) /x/libtorch_fl.so\nfn=(1) a\n"
+        "0 30\ncob=(2) /x/libc.so\ncfn=(2) b\ncalls=1 0\n0 60\n+3 10\n\nob=(2)\nfn=(2)\n0 60\n"
+    )
+    assert instructions.dump(tmp_path / "counts.1") == ("flagos/add_", 100, 40)
+    rows = instructions.table([("cuda/add_", 80, 0), ("flagos/add_", 100, 40)], ["cuda", "flagos"], 10)
+    assert rows["add_"] == {"first": 8, "second": 10, "in_torch_fl": 4, "plus": 2, "ratio": 1.25}
