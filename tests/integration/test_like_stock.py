@@ -93,3 +93,29 @@ def test_like_cuda(group, found):
         if here != expected and not any(re.fullmatch(pattern, name) for pattern in BETTER):
             differences.append(f"{name}: {first_difference(expected, here)}")
     assert not differences, f"{len(differences)} of {len(names)}\n" + "\n".join(differences[:5])
+
+
+def test_other_library_on_the_cpu_fallback():
+    """An operator without a CUDA kernel, which cuda refuses: flagos copies, counts changes and refuses mixed devices."""
+    why = null_cuda.missing()
+    if why:
+        pytest.skip(f"no null CUDA: {why}")
+    code = """
+        import torch, warnings
+        warnings.simplefilter("ignore")
+        library = torch.library.Library("fallback_checks", "DEF")
+        library.define("lists(Tensor[] xs) -> Tensor[]")
+        library.define("change_(Tensor(a!)[] xs) -> ()")
+        library.impl("lists", lambda xs: [x + 1 for x in xs], "CPU")
+        library.impl("change_", lambda xs: [x.add_(1) for x in xs] and None, "CPU")
+        x = torch.ones(3, device="flagos")
+        assert len(torch.ops.fallback_checks.lists([x, torch.tensor(1.0)])) == 2
+        torch.ops.fallback_checks.change_([x])
+        assert x._version == 1, x._version
+        try:
+            torch.ops.fallback_checks.lists([x, torch.ones(2)])
+        except RuntimeError as error:
+            print(error)
+    """
+    said = check_python(code, **null_cuda.environment())
+    assert "at least two devices, flagos:0 and cpu! (when checking arguments of fallback_checks::lists)" in said
