@@ -96,7 +96,7 @@ def test_like_cuda(group, found):
 
 
 def test_other_library_on_the_cpu_fallback():
-    """An operator without a CUDA kernel, which cuda refuses: flagos copies, counts changes and refuses mixed devices."""
+    """An operator without a CUDA kernel, which cuda refuses: flagos copies, counts changes, refuses mixed devices."""
     why = null_cuda.missing()
     if why:
         pytest.skip(f"no null CUDA: {why}")
