@@ -63,7 +63,10 @@ Part part_of(const Descriptor& d, int layer, int linear, bool bias, size_t* tota
     for (int l = 0; l < d.layers * directions; ++l) {
       const int input = l < directions ? d.input : state * directions;
       for (int i = 0; i < 2 * gates + (d.projection ? 1 : 0); ++i) {
-        Part part{offset, i == 2 * gates ? d.projection : d.hidden, i == 2 * gates ? d.hidden : i < gates ? input : state};
+        Part part{offset, i == 2 * gates ? d.projection : d.hidden,
+                  i == 2 * gates ? d.hidden
+                  : i < gates    ? input
+                                 : state};
         if (pass == 1) part.columns = 1;
         if (pass == 1 && i == 2 * gates) continue;
         if (pass == int(bias) && l == layer && i == linear) found = part;
@@ -82,7 +85,7 @@ Part part_of(const Descriptor& d, int layer, int linear, bool bias, size_t* tota
   NULL_CUDA_API int name() { return call(#name); }
 #include CUDNN_NAMES
 
-#define DESCRIPTOR(name)                                                               \
+#define DESCRIPTOR(name)                                                              \
   NULL_CUDA_API int cudnnCreate##name##Descriptor(void** out) { return create(out); } \
   NULL_CUDA_API int cudnnDestroy##name##Descriptor(void* d) { return destroy(d); }
 DESCRIPTOR(Tensor)
