@@ -89,7 +89,7 @@ def forget():
 
 
 class OnFlagos(transformers.TrainingArguments):
-    device = property(lambda self: super(OnFlagos, self).device and torch.device("flagos"))
+    device = property(lambda self: super().device and torch.device("flagos"))
 
 
 def trainer(make, folder, cpu=False, **options):
