@@ -63,7 +63,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
         self.device = device
-        torch.cuda.init()  # torch.cuda has no generators before; a process that uses flagos alone never calls it
+        torch.cuda.init()  # before it there are no generators, and flagos can run without it
         self.generator = torch.cuda.default_generators[device]
         self.random = self._random_state()
         self.outer = getattr(_thread, "watch", None)

@@ -13,7 +13,7 @@
 
 namespace flagos {
 
-// Which calls a wish is for; the others go where they would without it.
+// Which calls a wish is for; the others go to the operator's next line, or without one to the next backend.
 struct Within {
   std::vector<std::string> dtypes;                                         // of the first tensor argument; empty: all
   int64_t min_numel = 0, max_numel = std::numeric_limits<int64_t>::max();  // of the largest tensor argument
@@ -23,7 +23,7 @@ struct Within {
 // One wish, with where it comes from ("backends.conf:12", "FLAGOS_OP_mm") for messages.
 struct RouteLine {
   std::string op;       // "add.Tensor", as in the dispatcher without "aten::"
-  std::string backend;  // canonical name
+  std::string backend;  // canonical name; "native" stands for the chip's own until an operator is resolved
   std::string origin;
   Within within = {};
 };
@@ -44,8 +44,8 @@ using OpNames = std::vector<std::string>;
 std::string nearest(std::string_view word, const std::vector<std::string>& words);
 
 // Parses "op = backend" and "op = backend [dtype=float16,bfloat16 numel>=4096 numel<=65536]" lines; '#' starts a
-// comment. `file` appears in errors. A later line for the same operator is an error, because one of the two would be
-// silently ignored.
+// comment. `file` appears in errors. An operator's lines are tried in their order; one after a line without conditions
+// is an error, because it would be silently ignored.
 std::vector<RouteLine> parse_conf(std::string_view text, const std::string& file, const OpNames& ops);
 
 // Takes FLAGOS_OP_<name> from an environment; '.' is spelt "__" in <name>. Other variables are ignored.

@@ -148,8 +148,6 @@ void add_slot(Slot& slot, const c10::OperatorHandle& op);
 // Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered
 // again by the operator it implements, or that must not serve a call.
 const Decision& decide_without(Slot& slot, const std::string& backend);
-// The kernel of a wish that is for some calls only; the others go to the next backend.
-c10::BoxedKernel within_kernel(Slot& slot, const std::string& backend, const Within& within, const Kernel& kernel);
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                    torch::jit::Stack* stack);
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <complex>
 #include <fstream>
 #include <sstream>
 
@@ -88,18 +89,26 @@ void set_route_checked(const std::string& op, const std::optional<std::string>& 
   set_route(parse_routes({{op, *backend}}, "set_route").front());
 }
 
+// A Python number as one of torch's; none when it is something else.
+std::optional<c10::Scalar> number(const py::handle& value) {
+  if (py::isinstance<py::bool_>(value)) return c10::Scalar(py::cast<bool>(value));
+  if (py::isinstance<py::int_>(value)) return c10::Scalar(py::cast<int64_t>(value));
+  if (py::isinstance<py::float_>(value)) return c10::Scalar(py::cast<double>(value));
+  if (PyComplex_Check(value.ptr())) return c10::Scalar(c10::complex<double>(py::cast<std::complex<double>>(value)));
+  return std::nullopt;
+}
+
 // Numbers in the place of tensors become what torch makes of them.
 py::tuple wrap_numbers(const c10::OperatorHandle& op, const py::tuple& args) {
   py::tuple wrapped(args.size());
   for (size_t i = 0; i < args.size(); ++i) {
     py::object value = args[i];
-    const bool number =
-        py::isinstance<py::int_>(value) || py::isinstance<py::float_>(value) || PyComplex_Check(value.ptr());
-    if (number && i < op.schema().arguments().size() &&
-        op.schema().arguments()[i].type()->kind() == c10::TypeKind::TensorType) {
-      auto tensor = at::scalar_to_tensor(py::cast<c10::Scalar>(value));
-      tensor.unsafeGetTensorImpl()->set_wrapped_number(true);
-      value = py::cast(tensor);
+    const bool tensor =
+        i < op.schema().arguments().size() && op.schema().arguments()[i].type()->kind() == c10::TypeKind::TensorType;
+    if (const auto scalar = tensor ? number(value) : std::nullopt) {
+      auto made = at::scalar_to_tensor(*scalar);
+      made.unsafeGetTensorImpl()->set_wrapped_number(true);
+      value = py::cast(made);
     }
     wrapped[i] = value;
   }

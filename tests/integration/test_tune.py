@@ -74,6 +74,11 @@ def test_fast_right_kernels_win(tuned):
     assert {"ratio", "noise"} == set(row["clocks"]["flagos_python"][0])
 
 
+def test_numbers_in_the_place_of_tensors_are_measured_as_such(tuned):
+    rows = [r for r in tuned[2]["rows"] if r["op"] == "mul.Tensor"]
+    assert {r["low"] for r in rows} == {4096, 32768} and not any(r["why"] for r in rows), rows
+
+
 @pytest.mark.parametrize("op", ["cos", "mul.Tensor", "abs", "fill_.Scalar"])
 def test_slow_kernels_lose(tuned, op):
     assert lines_of(tuned[1], op) == [f"{op} = native"]
