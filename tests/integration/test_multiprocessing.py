@@ -76,6 +76,8 @@ def test_a_queue_passes_the_error_on_to_who_waits(device):
         queue.get(timeout=60)
     queue.put("next")
     assert queue.get(timeout=60) == "next"
+    queue.close()
+    queue.join_thread()
 
 
 @pytest.mark.timeout(200)

@@ -36,13 +36,14 @@ class _TensorType(type):
 def _tensor_type(kind: str):
     # torch knows a type that is passed to Tensor.type() by its name, which for this reason has the module in it.
     members = {"__module__": "torch.flagos", "dtype": _DTYPES[kind], "layout": torch.strided, "is_flagos": True}
-    members["__qualname__"] = f"{kind}Tensor"
+    members |= {"__qualname__": f"{kind}Tensor", "__doc__": f"Tensors of {_DTYPES[kind]} on flagos."}
     return _TensorType(f"torch.flagos.{kind}Tensor", (), members)
 
 
 def _storage_type(kind: str):
     dtype = classproperty(lambda cls: _DTYPES[kind])
     members = {"__module__": "torch.flagos", "dtype": dtype, "_dtype": dtype}  # torch takes the device from the module
+    members["__doc__"] = f"Storages of {_DTYPES[kind]} on flagos."
     return type(_LegacyStorage)(f"{kind}Storage", (_LegacyStorage,), members)
 
 
