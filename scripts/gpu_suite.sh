@@ -109,7 +109,7 @@ stage() {
     run=("$python" tests/integration/ops/against_stock.py --stock "$stock" --limit $inner --jobs "$jobs"
       --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-})
     ;;
-  judge) # the verdicts and the conf file that they make go into the tree, where the later stages find them, and to OUTDIR
+  judge) # the verdicts and the conf file that they make go into the tree, where the later stages find them,
     run=(bash -c "'$python' scripts/judge_flaggems.py --jobs $jobs --work '$work' --budget $inner ${JUDGE_ARGUMENTS:-}
       code=\$?; '$python' scripts/flaggems_conf.py
       cp torch_fl/flaggems/verdicts_*.json torch_fl/backends_flagos_py.conf '$out'; exit \$code")
