@@ -86,9 +86,9 @@ def run_mode(op, sample, mode: str, device: str):
     return [g for g in torch.autograd.grad(outputs, leaves, seeds, allow_unused=True) if g is not None]
 
 
-def digest(tensors, values: bool) -> tuple[str, list[float]]:
-    """(hash of dtypes, sizes, strides and bytes; sums for a comparison of results that vary)."""
-    total, sums = hashlib.sha1(usedforsecurity=False), []
+def digest(tensors, values: bool, log: str = "") -> tuple[str, list[float]]:
+    """(hash of `log`, dtypes, sizes, strides and with `values` bytes; sums for a comparison of results that vary)."""
+    total, sums = hashlib.sha1(log.encode(), usedforsecurity=False), []
     for tensor in tensors:
         total.update(repr((tensor.dtype, tuple(tensor.shape), tensor.layout)).encode())
         if tensor.layout is torch.strided and not tensor.is_nested:
@@ -121,15 +121,16 @@ def work(options) -> None:
     load_device(options.device)
     ops = opdb.ops_by_name()
     warnings.simplefilter("ignore")
-    observed = run_mode
     if null_cuda.active():
         torch.backends.cuda.enable_cudnn_sdp(False)  # needs cuDNN's graphs, which the null CUDA has not
 
-        def observed(*arguments):
-            log, tensors = null_cuda.launches(lambda: run_mode(*arguments))
-            if options.show:
-                print("\n".join(log), file=sys.stderr, flush=True)
-            return [*tensors, torch.frombuffer(bytearray("\n".join(log).encode() or b"-"), dtype=torch.uint8)]
+    def observed(values, *arguments):
+        if not null_cuda.active():
+            return digest(run_mode(*arguments), values)
+        log, tensors = null_cuda.launches(lambda: run_mode(*arguments))
+        if options.show:
+            print("\n".join(log), file=sys.stderr, flush=True)
+        return digest(tensors, False, "\n".join(log))  # the bytes of results are what lay in the memory before
 
     for task in channel.tasks():
         op, dtype = ops[task["op"]], getattr(torch, task["dtype"])
@@ -148,9 +149,8 @@ def work(options) -> None:
                     continue
                 channel.at(mode, sample.label)
                 try:
-                    runs = [
-                        digest(observed(op, sample, mode, options.device), values) for _ in range(1 + ("only" in task))
-                    ]
+                    times = 2 if "only" in task else 1
+                    runs = [observed(values, op, sample, mode, options.device) for _ in range(times)]
                     cases[name] = ["ok", *runs[0]] + [runs[0][0] == run[0] for run in runs[1:]]
                 except opdb.NotCounted:
                     continue
