@@ -30,7 +30,7 @@ def dump(path: Path) -> tuple[str, int, int]:
     """(what was counted, instructions, those of them in torch_fl's libraries) of one file that callgrind wrote."""
     title, total, ours = "", 0, 0
     names, mine, skip = {}, False, False
-    with open(path) as file:
+    with open(path, encoding="latin-1") as file:  # names of functions may be anything
         for line in file:
             if line.startswith("desc: Trigger: Client Request: "):
                 title = line.split(": ", 3)[3].strip()
