@@ -105,7 +105,8 @@ def main(argv=None) -> int:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"instructions: the counted process failed:\n{done.stderr[-3000:]}")
-        dumps = [dump(path) for path in Path(folder).glob("counts.*")]
+        parts = sorted(Path(folder).glob("counts.*"), key=lambda path: int(path.suffix[1:]))
+        dumps = [found for found in map(dump, parts) if found[0]]  # the last one is of the process's end
     rows = table(dumps, devices, options.calls)
     print(f"{'operator':16}{devices[0]:>9}{devices[1]:>9}{'plus':>8}{'ours':>8}{'ratio':>8}")
     for name, row in rows.items():

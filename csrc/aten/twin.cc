@@ -3,6 +3,7 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <mutex>
@@ -27,6 +28,9 @@ void set_native(const Platform& platform) {
   native.native_bits =
       (c10::DispatchKeySet(native.backend) | c10::getAutocastRelatedKeySetFromBackend(native.backend)).raw_repr();
   native.present = true;
+  // In a child the next operator asks the platform to start, which refuses where the parent has used the device.
+  const int registered = pthread_atfork(nullptr, nullptr, [] { native.started.store(false); });
+  TORCH_CHECK(registered == 0, "flagos: pthread_atfork failed with error ", registered);
 }
 
 namespace {

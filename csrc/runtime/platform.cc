@@ -6,7 +6,6 @@
 
 #include <atomic>
 
-#include "csrc/aten/native.h"
 #include "csrc/runtime/fork.h"
 #include "csrc/runtime/registrations.h"
 
@@ -47,10 +46,7 @@ c10::DeviceIndex checked_index(int64_t index) {
 }
 
 void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    g_in_bad_fork = true;
-    native.started.store(false);  // the next operator asks the platform to start, which refuses
-  });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_in_bad_fork = true; });
   TORCH_CHECK(registered == 0, "flagos: pthread_atfork failed with error ", registered);
 }
 
