@@ -120,6 +120,10 @@ def work(options) -> None:
     torch.set_num_threads(1)
     load_device(options.device)
     ops = opdb.ops_by_name()
+    if options.device == "flagos":
+        for op in ops.values():  # torch.cuda's functions of C++ strings take tensors of cuda alone
+            if isinstance(op.op, torch.cuda.jiterator._JittedFunction):
+                op.op = torch.flagos.jiterator._JittedFunction(op.op, op.op.return_by_ref, op.op.kwargs_dict)
     warnings.simplefilter("ignore")
     if null_cuda.active():
         torch.backends.cuda.enable_cudnn_sdp(False)  # needs cuDNN's graphs, which the null CUDA has not
