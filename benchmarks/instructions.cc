@@ -39,12 +39,13 @@ std::vector<std::pair<std::string, Call>> calls_on(const std::string& device) {
 void count_instructions(std::string device, int64_t calls) {
   at::NoGradGuard no_grad;
   for (auto& [name, call] : calls_on(device)) {
-    for (int i = 0; i < 30; ++i) call();  // warm
+    const auto title = device + "/" + name;  // the macro reads it in a statement of its own
+    for (int i = 0; i < 30; ++i) call();     // warm
     CALLGRIND_ZERO_STATS;
     CALLGRIND_TOGGLE_COLLECT;
     for (int64_t i = 0; i < calls; ++i) call();
     CALLGRIND_TOGGLE_COLLECT;
-    CALLGRIND_DUMP_STATS_AT((device + "/" + name).c_str());
+    CALLGRIND_DUMP_STATS_AT(title.c_str());
   }
 }
 
