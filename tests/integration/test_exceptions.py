@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import torch_fl
+from tests.common.devices import memory_in_use
 from tests.common.process import error_line, run_python
 
 two_devices = pytest.mark.skipif(torch_fl.flagos.device_count() < 2, reason="needs two devices")
@@ -94,18 +95,18 @@ def test_generator_of_another_device(use, device):
 
 @pytest.mark.parametrize("size", [(-1,), (2, -3), (1 << 62, 1 << 62), (1 << 63 - 1,), (1 << 60,)])
 def test_negative_and_huge_sizes(size, device):
-    before = torch.flagos.memory_allocated()
+    before = memory_in_use()
     with pytest.raises((RuntimeError, OverflowError)) as error:
         torch.empty(size, device=device)
     text = message(error)
     assert any(word in text for word in ("negative", "overflow", "memory", "large", "big", "size")), text
-    assert torch.flagos.memory_allocated() == before
+    assert memory_in_use() == before
     assert torch.ones(2, device=device).sum().item() == 2
 
 
 def test_out_of_memory(device):
     total = torch.flagos.mem_get_info()[1]
-    before = torch.flagos.memory_allocated()
+    before = memory_in_use()
     with pytest.raises(torch.OutOfMemoryError) as error:
         torch.empty(total * 2, dtype=torch.uint8, device=device)
     text = str(error.value)
@@ -113,7 +114,7 @@ def test_out_of_memory(device):
     torch_s = ("CUDA out of memory", "is allocated by PyTorch", "reserved", "free")
     for words in torch_s if torch_fl.chip() == "cuda" else ours:
         assert words in text, text
-    assert torch.flagos.memory_allocated() == before
+    assert memory_in_use() == before
     assert torch.ones(10, device=device).sum().item() == 10
 
 
