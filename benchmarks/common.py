@@ -138,7 +138,7 @@ class Worker:
     """
 
     def __init__(self, script: str, arguments: list[str], device: str):
-        environment = dict(os.environ)
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the same dictionaries, so the same luck with them
         if is_stock(device):
             environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         self.device, self.error, self.buffer = device, None, b""

@@ -42,6 +42,16 @@ void copy_asynchronously(const at::Tensor& self, const at::Tensor& src) {
   chip.host_allocator().record_event(const_cast<void*>(host_ptr.get()), host_ptr.get_context(), stream);
 }
 
+bool lazy(const at::Tensor& t) { return t.is_conj() || t.is_neg(); }
+
+// torch's CUDA kernel moves bytes between host and device and settles lazy conjugation and negation around it, which
+// goes wrong for a strided, a converted or a pinned copy (https://github.com/pytorch/pytorch/issues/146286): it has to
+// see plain values.
+bool needs_plain_values(const at::Tensor& self, const at::Tensor& src) {
+  return (lazy(self) || lazy(src)) && self.is_cpu() != src.is_cpu() && native.type != c10::DeviceType::CPU &&
+         !same_bytes(self, src);
+}
+
 void copy(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   static const std::string name("copy_");
   remember_op(name);
@@ -50,6 +60,12 @@ void copy(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
     report_synchronizing(name);
   }
   BelowAutograd below;
+  if (C10_UNLIKELY(needs_plain_values(self, src))) {
+    const auto values = src.resolve_conj().resolve_neg();
+    if (!lazy(self)) return copy(self, values, non_blocking);
+    self.copy_(values.to(self.device()));
+    return;
+  }
   Call call;
   const auto to = call.add(self, /*write=*/true);
   const auto from = call.add(src, /*write=*/false);

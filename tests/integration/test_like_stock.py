@@ -19,6 +19,8 @@ CHECKS = ROOT / "tests/common/stock_checks.py"
 # What flagos does otherwise, and why.
 BETTER = {
     r"ctc_loss mean cpu \w+ torch.int32 3": "torch divides by lengths on the CPU there, and fails",
+    r"lazy_copy (?!plain plain).* to (host|device) .*": "torch loses lazy bits between host and device (copy.cc)",
+    r"lazy_move (conj|neg|both) (cpu|to|tolist|pinned)": "torch loses lazy bits between host and device (copy.cc)",
 }
 # Lines of the log that torch could do without: they count on neither side.
 NEEDLESS = {
