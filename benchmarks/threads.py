@@ -190,7 +190,7 @@ def main(argv=None) -> int:
     with common.workers(script, arguments, devices) as pair:
         turns = [(part, which) for part in PARTS for which in (1, 0)]
         for number, (part, which) in enumerate(turns):
-            seconds = max(2.0, (budget.left() - 10) / (len(turns) - number))
+            seconds = max(2.0, budget.left() - 10 - 4 * (len(turns) - number - 1))  # no turn but the first needs more
             result = pair[which].ask("run", budget, part=part, seconds=seconds)
             problems = result.get("errors", []) + ([result["error"]] if "error" in result else [])
             failed |= which == 1 and bool(problems or result.get("calls", 0) < result.get("asked", 0))
