@@ -113,7 +113,7 @@ def work(options) -> None:
                 note = f"{time.monotonic() - began:.0f} s were over after {number} of {len(cases)} cases"
                 break
             nest = case.nest()
-            where = (case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            where = (case.label, judge_run.words(task["op"], nest), judge_run.facts_of(task["op"], nest))
             channel.at(*where, False)
             try:
                 outcome = judge_run.judge(task["op"], case, interpreted, lambda where=where: channel.at(*where, True))

@@ -216,10 +216,21 @@ def _compare(op, nest, case_kind, actual, expected, arguments, arguments_native)
             _same_values(_storage_bytes(a), _storage_bytes(e), f"memory of argument {index} after the call")
 
 
-def facts_of(nest) -> dict:
+def facts_of(op, nest) -> dict:
     dtypes = []
     tree_map(lambda leaf: dtypes.append(leaf) if isinstance(leaf, torch.dtype) else None, nest)
-    return features(tensors_in(nest), dtypes)
+    return {**features(tensors_in(nest), dtypes), "changed": changed(op, nest)}
+
+
+def changed(op, nest) -> list[str]:
+    """The arguments that are no tensors, have a default, and another value."""
+    args, kwargs = nest
+    arguments = judge_cases.overload(op)._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    with_default = {a.name: a.default_value for a in arguments if a.has_default_value() and a.name in given}
+    return sorted(
+        n for n, d in with_default.items() if not tensors_in([given[n]]) and (d, type(d)) != (given[n], type(given[n]))
+    )
 
 
 def judge(op: str, case, interpreted: bool, at_kernel=lambda: None) -> Outcome | None:
@@ -228,7 +239,7 @@ def judge(op: str, case, interpreted: bool, at_kernel=lambda: None) -> Outcome |
     import torch_fl
 
     nest = case.nest()
-    facts = facts_of(nest)
+    facts = facts_of(op, nest)
     try:  # what the CPU refuses may be an illegal access elsewhere
         _call(op, copy_tree(nest, "cpu"))
     except NotImplementedError:
