@@ -87,19 +87,17 @@ def judge(op: str, function, first, second, values: bool = False) -> tuple[str, 
     first and replayed with the second. values: the device computes, so that bytes are compared. Also ("unserved", why)
     when the kernel raises without plans, and ("outside", why) when the call is outside of its limits.
     """
-    torch_fl.plans.use(False)
-    try:
-        passed_on = _C._python_kernels_passed_on().get(op, 0)
+    torch_fl.plans.clear()
+    passed_on = _C._python_kernels_passed_on().get(op, 0)
+    try:  # the first sighting runs in Python and is not recorded
         call(function, copy_tree(first, "flagos"))
         torch.flagos.synchronize()
-        if _C._python_kernels_passed_on().get(op, 0) > passed_on:
-            return "outside", "outside of the limits of its kernel"
     except torch.AcceleratorError:
         raise
     except Exception as error:
         return "unserved", first_lines(error, 200)
-    finally:
-        torch_fl.plans.use(True)
+    if _C._python_kernels_passed_on().get(op, 0) > passed_on:
+        return "outside", "outside of the limits of its kernel"
     torch_fl.plans.clear()
     for _ in range(SIGHTINGS):
         call(function, first)

@@ -90,10 +90,10 @@ class _Worker:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return how, tail
 
-    def close(self):
+    def close(self, patience: float = 30.0):
         self.process.stdin.close()
         try:
-            self.process.wait(30)
+            self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -137,7 +137,7 @@ def run_tasks(
             errors.append(error)
         finally:
             if worker is not None:
-                worker.close()
+                worker.close(30.0 if time.monotonic() < end else 2.0)
 
     def patience(at):
         longest = timeout if at and at[0] != "start" else max(timeout, START)
