@@ -57,9 +57,9 @@ def arguments(argv=None):
     parser.add_argument("--ops", default="", help="regular expression on the operator's name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole run")
-    parser.add_argument("--op-budget", type=float, default=60.0, help="seconds for one operator's cases")
+    parser.add_argument("--op-budget", type=float, default=90.0, help="seconds for one operator's cases")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a sign of life = a hang")
-    parser.add_argument("--most", type=int, default=120, help="cases of one operator at most")
+    parser.add_argument("--most", type=int, default=100, help="cases of one operator at most")
     parser.add_argument("--dtypes", default="", help="dtypes to try, separated by commas (default: all)")
     parser.add_argument("--opinfos", default="", help="regular expression: take samples of these OpInfos only")
     parser.add_argument(
@@ -68,6 +68,7 @@ def arguments(argv=None):
     parser.add_argument("--compare", type=Path, help="verdicts of an earlier run; other ones give exit code 1")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
     parser.add_argument("--fresh", action="store_true", help="forget the outcomes of earlier runs")
+    parser.add_argument("--again", default="^$", help="regular expression: judge these once more, before all others")
     parser.add_argument("--out", type=Path, help="file of the verdicts (default: in torch_fl/flaggems)")
     parser.add_argument("--show", action="store_true", help="print every case instead of writing verdicts")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -196,8 +197,9 @@ class Run:
         )
 
     def judge(self, names):
-        again = [op for op in names if op in self.results and cut_short(self.results[op].get("note", ""))]
-        left = [op for op in names if op not in self.results] + again
+        once_more = {op for op, row in self.results.items() if cut_short(row.get("note", ""))}
+        once_more |= {op for op in names if re.search(self.options.again, op)}
+        left = [op for op in names if op in once_more] + [op for op in names if op not in {*self.results, *once_more}]
         self.feed([{"op": op, "skip": []} for op in left], self.done, self.crash)
 
     def done(self, task, row):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
 STRIDES = "strides are"  # in the message of a case whose result has other strides
+VALUES = ("special", "infinite", "negative")  # last words of the labels of cases with other values
 ENOUGH = 3  # passing cases without which nothing is called right
 
 
@@ -25,6 +26,12 @@ class Outcome:
     message: str = ""
     call: str = ""  # the operator and its arguments in words
     changed: list[str] = field(default_factory=list)  # arguments that do not have their default
+
+    @property
+    def values(self) -> str:
+        """Which other values its sample was given; "" when it has its own."""
+        word = self.label.split()[-1]
+        return word if word in VALUES else ""
 
 
 def features(tensors, dtypes=()) -> dict:
@@ -110,6 +117,9 @@ def verdict(outcomes: list[Outcome], note: str = "") -> dict:
                 if dtypes is None:
                     continue
                 kept = [o for o in kept if set(o.dtypes) <= dtypes]
+                # A dtype is to blame for what fails with some values only where another one passes with them.
+                if not {o.values for o in failed if inside(o)} <= {"", *(o.values for o in kept)}:
+                    continue
                 # A limit on the size may cost nothing that was tried; it is taken only when nothing else will do.
                 score = (len(kept), most is None, -len(flags))
                 if len(kept) >= ENOUGH and (best is None or score > best[0]):

@@ -37,7 +37,7 @@ normal_ rand rand_like randn randn_like randperm uniform_
 )
 DRAWS = 4000
 AS_ACCURATE = 2  # a result may be so many times as far from the exact one as the native kernel's is
-CONFIGURATIONS = 4  # of a kernel that has a tuner, which cases run with
+CONFIGURATIONS = 2  # of a kernel that has a tuner, which cases run with
 MANY = 1000  # numbers from which on a distribution is looked at
 # What the interpreter, or this judge's stand-in for a device, cannot do; no fault of the kernel.
 LIMITATIONS = (

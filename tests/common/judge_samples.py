@@ -64,6 +64,7 @@ def _index_put(make):
         yield _plain(make(4, 5), [rows], make(3, 5), accumulate)
         yield _plain(make(4, 5), [rows, columns], make(3), accumulate)
         yield _plain(make(4, 5, 2), [rows, columns], make(3, 2), accumulate)
+        yield _plain(make(4, 5), [rows, -1 - columns], make(3), accumulate)
 
 
 def _bicubic(make):
@@ -152,6 +153,24 @@ def _one_tensor(make):
 def _negative_index(make):
     for index in (torch.tensor([-1, 0, 1]), torch.tensor([[-1], [-2]])):
         yield _plain(make(4, 5), [index])
+    yield _plain(make(4, 5), [torch.tensor([-1, 0, 1], dtype=torch.int32)])
+
+
+def _ends(make):
+    yield ((5,), {"dtype": make.dtype, "device": torch.device("cpu")})
+    if make.dtype is torch.float32:  # the dtype follows from the number
+        for end in (7, 2.5, 4097, 0):
+            yield ((end,), {"device": torch.device("cpu")})
+
+
+def _starts(make):
+    for start, end in ((1, 9), (-2.5, 3.0), (0.5, 1000.5)) if make.dtype is torch.float32 else ():
+        yield ((start, end), {"device": torch.device("cpu")})
+
+
+def _steps(make):
+    for numbers in ((0, 1, 0.25), (5, -3, -2), (0.5, 900.0, 0.5)) if make.dtype is torch.float32 else ():
+        yield (numbers, {"device": torch.device("cpu")})
 
 
 def _many(make):
@@ -184,6 +203,9 @@ CALLS = {
     "replication_pad3d": _replication,
     "div.Scalar_mode": _modes,
     "div_.Scalar_mode": _modes,
+    "arange": (_ends, (*FLOATS, torch.int64, torch.int32)),
+    "arange.start": _starts,
+    "arange.start_step": _steps,
     "cat": (_one_tensor, None),
     "index.Tensor": (_negative_index, None),
     "sum": (_many, None),

@@ -29,9 +29,9 @@ KNOWN_WRONG = {
 }
 
 
-def case(state="passed", dtypes=("float32",), without=(), numel=64, message="values differ", **fields):
+def case(state="passed", dtypes=("float32",), without=(), numel=64, message="values differ", label="a case", **fields):
     flags = [flag for flag in DENSE if flag not in without]
-    return Outcome("a case", state, list(dtypes), flags, numel, "" if state == "passed" else message, **fields)
+    return Outcome(label, state, list(dtypes), flags, numel, "" if state == "passed" else message, **fields)
 
 
 def dense(*dtypes, count=4):
@@ -196,3 +196,14 @@ def test_changed_arguments():
     assert judge_run.changed("embedding", ((x, index), {})) == []
     assert judge_run.changed("add.Tensor", ((x, x), {"alpha": 2})) == ["alpha"]
     assert judge_run.changed("mean.dim", ((x, [0]), {"keepdim": False, "dtype": torch.float64})) == ["dtype"]
+
+
+def test_a_dtype_is_not_to_blame_for_values_that_no_other_one_had():
+    cases = [
+        *dense("float32", "float16"),
+        case("failed", label="x float32 0 negative"),
+        case(label="x float32 1 special"),
+    ]
+    assert verdict(cases)["verdict"] == "wrong"
+    other = verdict([*cases, case(dtypes=["float16"], label="x float16 0 negative")])
+    assert other["verdict"] == "right" and other["limits"] == {"dtypes": ["float16"]}
