@@ -24,7 +24,7 @@ from tests.common.samples import copy_tree, is_plain, make_variant, tensors_in, 
 DTYPES = "float32 float16 bfloat16 int64 float64 int32 bool uint8 int8 int16 complex64".split()
 LAYOUTS = "strided offset transposed channels_last zero_size expanded".split()
 FEW_LAYOUTS = ("strided", "zero_size")  # for the later dtypes: each kernel has to be compiled for each
-CHANGES = ("special", "infinite", "aliased", "mixed", "negative", "scalar")
+CHANGES = ("special", "infinite", "aliased", "mixed", "broadcast", "negative", "scalar")
 LARGE = 1500  # columns: more than one block of nearly every kernel
 MOST = 1 << 16  # elements of a large case
 PER_SOURCE = 8  # calls kept of one OpInfo, mode and dtype
@@ -265,6 +265,16 @@ def _mixed(nest):
     return _map_tensors(nest, change) if first is not None else None
 
 
+def _broadcast(nest):
+    """The second tensor with one row where the first one has many; both keep their dimensions."""
+    first = _first(nest, lambda t: True)
+
+    def change(t, position):
+        return t[:1].clone() if position == 1 and t.shape == first.shape and t.dim() and len(t) > 1 else t
+
+    return _map_tensors(nest, change) if first is not None else None
+
+
 def _negative(nest):
     """Indices counted from the end."""
     tensors = tensors_in(nest)
@@ -283,6 +293,7 @@ _CHANGES = {
     "infinite": lambda nest: _special(nest, infinite=True),
     "aliased": _aliased,
     "mixed": _mixed,
+    "broadcast": _broadcast,
     "negative": _negative,
     "scalar": _scalar,
 }

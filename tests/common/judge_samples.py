@@ -156,6 +156,10 @@ def _negative_index(make):
     yield _plain(make(4, 5), [torch.tensor([-1, 0, 1], dtype=torch.int32)])
 
 
+def _pairs(make):
+    yield _plain(make(4, 5), make(4, 5))
+
+
 def _ends(make):
     yield ((5,), {"dtype": make.dtype, "device": torch.device("cpu")})
     if make.dtype is torch.float32:  # the dtype follows from the number
@@ -179,9 +183,18 @@ def _many(make):
     yield _plain(ones.reshape(10, 100))
 
 
-def _close_integers(make):
+def _close(make):
     if make.dtype is torch.int64:
         yield _plain(torch.tensor([2**24 + 1, 2**40 + 1]), torch.tensor([2**24, 2**40]))
+    if make.dtype is torch.float64:
+        yield _plain(
+            torch.tensor([1 + 1e-12, 3.0, 2**24 + 1], dtype=make.dtype), torch.tensor([1.0, 3.0, 2**24]).double()
+        )
+
+
+def _close_swapped(make):
+    for (a, b), keywords in _close(make):
+        yield (b, a), keywords
 
 
 CALLS = {
@@ -203,14 +216,17 @@ CALLS = {
     "replication_pad3d": _replication,
     "div.Scalar_mode": _modes,
     "div_.Scalar_mode": _modes,
+    **{f"{name}.Tensor": (_pairs, None) for name in ("add", "mul", "sub", "div")},
     "arange": (_ends, (*FLOATS, torch.int64, torch.int32)),
     "arange.start": _starts,
     "arange.start_step": _steps,
     "cat": (_one_tensor, None),
     "index.Tensor": (_negative_index, None),
     "sum": (_many, None),
-    "eq.Tensor": (_close_integers, None),
-    "ne.Tensor": (_close_integers, None),
-    "gt.Tensor": (_close_integers, None),
-    "ge.Tensor": (_close_integers, None),
+    "eq.Tensor": (_close, None),
+    "ne.Tensor": (_close, None),
+    "gt.Tensor": (_close, None),
+    "ge.Tensor": (_close, None),
+    "lt.Tensor": (_close_swapped, None),
+    "le.Tensor": (_close_swapped, None),
 }
