@@ -205,6 +205,8 @@ class Run:
     def done(self, task, row):
         if "outcomes" in row:
             row["outcomes"] += self.crashed.get(task["op"], [])
+            if not row["outcomes"] and cut_short(row["note"]):  # the time was over before its first case
+                return
         self.results[row["op"]] = row
         self.entries[row["op"]] = self._entry(row["op"])
         with self.path.open("a") as file:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 START = 120.0  # seconds that a process may need until its first step, or in one that it calls "start"
-LATE = 8.0  # seconds after the end of a run in which a task that has begun may still answer
+LATE = 5.0  # seconds after the end of a run in which a task that has begun may still answer
 
 
 class Channel:
