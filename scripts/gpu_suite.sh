@@ -10,7 +10,8 @@
 #     judge plans plan_time opdb_flaggems tuned   need FlagGems; `flaggems` is all of them, in that order: the judge's
 #                                             verdicts make the conf file of the others, its compiled kernels serve them
 # Without any: timing tests+hal opdb. `name:SECONDS` bounds a stage; SUITE_LIMIT bounds all together. A stage that fails
-# or is cut off never stops the next one, and leaves its JSON with what it has. JOBS: processes of stages that use many
+# or is cut off never stops the next one, and leaves its JSON with what it has. JUDGE_WORK: the judge's folder, which
+# may hold outcomes of an earlier call, wherever that ran (default: in TMPDIR). JOBS: processes of stages that use many
 # (default: the cores less two, shared by what runs side by side).
 #
 # A GPU for half an hour, in calls of ten minutes, with 16 cores:
@@ -30,6 +31,7 @@ fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+work=$(realpath -m "${JUDGE_WORK:-${TMPDIR:-/tmp}/torch_fl_judge}") # outcomes and compiled kernels
 shift
 groups=()
 for group in "${@:-timing tests+hal opdb}"; do
@@ -71,7 +73,6 @@ export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_A
 
 declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=100 [memory]=60 [qwen3]=270
   [tests]=480 [hal]=120 [opdb]=540 [judge]=270 [plans]=120 [plan_time]=40 [opdb_flaggems]=110 [tuned]=300)
-work=${TMPDIR:-/tmp}/torch_fl_judge # outcomes and compiled kernels, kept from one call to the next
 export FLAGGEMS_CACHE_DIR=${FLAGGEMS_CACHE_DIR:-$work/cache}
 
 # stage NAME LIMIT JOBS: runs it; what a stage may take by itself (inner) is less, so that it ends in order.
@@ -110,18 +111,19 @@ stage() {
       --json "$out/opdb_$stock.json" ${OPDB_ARGUMENTS:-})
     ;;
   judge) # the verdicts and the conf file that they make go into the tree, where the later stages find them,
-    run=(bash -c "'$python' scripts/judge_flaggems.py --jobs $jobs --work '$work' --budget $inner ${JUDGE_ARGUMENTS:-}
+    run=(bash -c "trap : TERM
+      '$python' scripts/judge_flaggems.py --jobs $jobs --work '$work' ${JUDGE_ARGUMENTS:-} --budget $inner
       code=\$?; '$python' scripts/flaggems_conf.py
       cp torch_fl/flaggems/verdicts_*.json torch_fl/backends_flagos_py.conf '$out'; exit \$code")
     ;;
   plans)
-    run=("$python" benchmarks/plan_sweep.py --work "$work" --seconds $inner --json "$out/plans_$chip.json"
-      ${PLANS_ARGUMENTS:-})
+    run=("$python" benchmarks/plan_sweep.py --work "$work" --json "$out/plans_$chip.json" --jobs "$jobs"
+      ${PLANS_ARGUMENTS:-} --seconds $inner)
     ;;
   plan_time) run=("$python" benchmarks/plans.py --json "$out/plans_time_$chip.json") ;;
   opdb_flaggems)
-    run=("$python" tests/integration/ops/against_native.py --limit $inner --jobs "$jobs"
-      --json "$out/opdb_flagos_py.json" ${FLAGGEMS_OPDB_ARGUMENTS:-})
+    run=("$python" tests/integration/ops/against_native.py --jobs "$jobs" --json "$out/opdb_flagos_py.json"
+      ${FLAGGEMS_OPDB_ARGUMENTS:-} --limit $inner)
     ;;
   tuned) run=("$python" benchmarks/tuned.py --size "$size" --out "$out" --limit $inner) ;;
   *)
@@ -136,7 +138,7 @@ failed=0
 : >"$out/summary.txt"
 for group in "${groups[@]}"; do
   names=(${group//+/ })
-  many=$(printf '%s\n' "${names[@]}" | grep -cE '^(tests|opdb|judge|opdb_flaggems)(:|$)')
+  many=$(printf '%s\n' "${names[@]}" | grep -cE '^(tests|opdb|judge|plans|opdb_flaggems)(:|$)')
   jobs=${JOBS:-$((cores > 3 ? (cores - 2) / (many > 0 ? many : 1) : 1))}
   running=()
   for name in "${names[@]}"; do

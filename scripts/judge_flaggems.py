@@ -9,14 +9,17 @@
 Each operator is tried with calls that OpInfo samples make, in many dtypes and layouts (tests/common/judge_cases.py),
 compared as tests/common/judge_run.py says; from the outcomes come the verdict and the smallest limits
 (tests/common/judge_limits.py). Workers are processes of their own: a crash, a hang or an illegal access fails a case
-and not the run. Outcomes are kept in --work as they come; a second call on the same device goes on from there, with
---fresh anew. When --budget seconds are over, what has no outcome yet stays unjudged. Of a kernel's tuning
-configurations --tune are tried, spread over all of them: what is judged is the operator, not the tuner.
+and not the run. Outcomes are kept in --work as they come; a second call on the same device goes on from there, in
+whatever place the folder lies, with --fresh anew. The file of verdicts is written all along. When --budget seconds are
+over, counted from the start of the program, what has no outcome yet stays unjudged, and so does what has been tried
+with less than half of its cases. Tuners measure nothing here: each case runs with one of --tune configurations of the
+kernel, spread over all of them; what is judged is the operator, not the tuner.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import datetime
 import importlib.metadata
@@ -28,6 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
+STARTED = time.monotonic()  # before torch is imported
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -55,16 +59,20 @@ def arguments(argv=None):
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole run")
     parser.add_argument("--op-budget", type=float, default=90.0, help="seconds for one operator's cases")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a sign of life = a hang")
-    parser.add_argument("--most", type=int, default=120, help="cases of one operator at most")
+    parser.add_argument("--most", type=int, default=100, help="cases of one operator at most")
     parser.add_argument("--dtypes", default="", help="dtypes to try, separated by commas (default: all)")
     parser.add_argument("--opinfos", default="", help="regular expression: take samples of these OpInfos only")
-    parser.add_argument("--tune", type=int, default=4, help="configurations that a kernel's tuner may try")
+    parser.add_argument(
+        "--tune", type=int, default=judge_run.CONFIGURATIONS, help="configurations of a kernel that cases run with"
+    )
     parser.add_argument("--compare", type=Path, help="verdicts of an earlier run; other ones give exit code 1")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "judge_flaggems")
     parser.add_argument("--fresh", action="store_true", help="forget the outcomes of earlier runs")
+    parser.add_argument("--again", default="^$", help="regular expression: judge these once more, before all others")
     parser.add_argument("--out", type=Path, help="file of the verdicts (default: in torch_fl/flaggems)")
     parser.add_argument("--show", action="store_true", help="print every case instead of writing verdicts")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)  # of a worker
     return parser.parse_args(argv)
 
 
@@ -95,17 +103,18 @@ def work(options) -> None:
         if interpreted:
             dtypes = [d for d in dtypes if d not in interpreter.DTYPES_WRONG_HERE]
         outcomes = []
+        began = time.monotonic()
+        end = min(began + options.op_budget, options.until)
         cases = judge_cases.cases(task["op"], index, dtypes, options.most)
-        end = time.monotonic() + options.op_budget
         note = "" if cases else "no sample reaches it"
         for number, case in enumerate(cases):
             if {case.label, f"* {case.label.split()[-1]}"} & set(task["skip"]):
                 continue
             if time.monotonic() > end:
-                note = f"{options.op_budget:.0f} s were over after {number} of {len(cases)} cases"
+                note = f"{time.monotonic() - began:.0f} s were over after {number} of {len(cases)} cases"
                 break
             nest = case.nest()
-            where = (case.label, judge_run.words(task["op"], nest), judge_run.facts_of(nest))
+            where = (case.label, judge_run.words(task["op"], nest), judge_run.facts_of(task["op"], nest))
             channel.at(*where, False)
             try:
                 outcome = judge_run.judge(task["op"], case, interpreted, lambda where=where: channel.at(*where, True))
@@ -116,7 +125,8 @@ def work(options) -> None:
                 outcomes.append(dataclasses.asdict(outcome))
         if cases and not outcomes and not note:
             note = f"the CPU or the native kernel refuses each of its {len(cases)} calls"
-        channel.done({"op": task["op"], "outcomes": outcomes, "note": note})
+        seconds = round(time.monotonic() - began, 1)
+        channel.done({"op": task["op"], "outcomes": outcomes, "note": note, "seconds": seconds})
 
 
 def unusable(op: str) -> dict | None:
@@ -139,14 +149,15 @@ def unusable(op: str) -> dict | None:
 
 
 class Run:
-    """The outcomes so far: one line per operator in --work/outcomes.jsonl."""
+    """The outcomes so far: one line per operator in --work/outcomes.jsonl. write() is called now and then."""
 
-    def __init__(self, options, about: dict):
-        self.options = options
-        self.end = time.monotonic() + options.budget
+    def __init__(self, options, about: dict, write=lambda run: None):
+        self.options, self.write, self.written = options, write, STARTED
+        self.end = STARTED + options.budget
         options.work.mkdir(parents=True, exist_ok=True)
         self.path = options.work / "outcomes.jsonl"
         self.results = self._earlier(about)
+        self.entries = {op: self._entry(op) for op in self.results}
         self.crashed: dict[str, list] = {}
 
     def _earlier(self, about):
@@ -174,8 +185,9 @@ class Run:
         options = self.options
         command = [sys.executable, __file__, "--worker", "--work", options.work, "--op-budget", options.op_budget]
         command += ["--most", options.most, "--dtypes", options.dtypes, "--opinfos", options.opinfos]
-        command += ["--tune", options.tune]
-        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        command += ["--tune", options.tune, "--until", self.end]
+        # What the judge lets a tuner take is not to be found by a program that tunes.
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONHASHSEED="0", FLAGGEMS_DB_URL="sqlite://")
         environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
         nothing = options.work / "nothing.json"  # no verdict is in force while verdicts are made
         nothing.write_text('{"ops": {}}')
@@ -185,17 +197,27 @@ class Run:
         )
 
     def judge(self, names):
-        tasks = [{"op": op, "skip": []} for op in names if op not in self.results]
-        self.feed(tasks, self.done, self.crash)
+        once_more = {op for op, row in self.results.items() if cut_short(row.get("note", ""))}
+        once_more |= {op for op in names if re.search(self.options.again, op)}
+        left = [op for op in names if op in once_more] + [op for op in names if op not in {*self.results, *once_more}]
+        self.feed([{"op": op, "skip": []} for op in left], self.done, self.crash)
 
     def done(self, task, row):
         if "outcomes" in row:
             row["outcomes"] += self.crashed.get(task["op"], [])
+            if not row["outcomes"] and cut_short(row["note"]):  # the time was over before its first case
+                return
         self.results[row["op"]] = row
+        self.entries[row["op"]] = self._entry(row["op"])
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if not self.options.show:
-            print(f"{len(self.results):4} {row['op']:36} {short(self.entry(row['op']))}", flush=True)
+        if self.options.show:
+            return
+        seconds = f"{row.get('seconds', 0):5.1f} s"
+        print(f"{len(self.results):4} {row['op']:36} {seconds} {short(self.entry(row['op']))}", flush=True)
+        if time.monotonic() - self.written > 5:
+            self.write(self)
+            self.written = time.monotonic()
 
     def crash(self, crash):
         """A case whose kernel killed its process is a failed one; the others are tried again without it. When it was
@@ -215,12 +237,29 @@ class Run:
         return {**task, "skip": [*task["skip"], label if kernel or word.isdigit() else f"* {word}"]}
 
     def entry(self, op):
-        row = self.results.get(op)
-        if row is None:
-            return {"verdict": "unjudged", "why": "not judged: the time was over"}
+        return self.entries.get(op) or {"verdict": "unjudged", "why": "not judged: the time was over"}
+
+    def _entry(self, op):
+        row = self.results[op]
         if "refused" in row:
             return row["refused"]
-        return judge_limits.verdict([judge_limits.Outcome(**o) for o in row["outcomes"]], row.get("note", ""))
+        note = row.get("note", "")
+        if cut_short(note):
+            return {"verdict": "unjudged", "why": f"not judged: {note}"}
+        return judge_limits.verdict([judge_limits.Outcome(**o) for o in row["outcomes"]], note)
+
+
+def cut_short(note: str) -> bool:
+    """Whether a note says that less than half of an operator's cases were tried: too few for a verdict."""
+    numbers = re.search(r"were over after (\d+) of (\d+) cases", note)
+    return bool(numbers) and 2 * int(numbers[1]) < int(numbers[2])
+
+
+def turn(op: str, rank: dict) -> tuple:
+    """The order of the run: what models call most; then what writes into an argument comes last, because its kernel has
+    been compiled by then for the operator that does not."""
+    base, _, which = op.partition(".")
+    return rank.get(op, len(rank)), base.endswith("_") or which.endswith("out"), op
 
 
 def short(entry) -> str:
@@ -276,12 +315,27 @@ def main(argv=None) -> int:
     old = json.loads(options.compare.read_text()) if options.compare else None
     every = flaggems.operators(version)
     rank = {op: i for i, op in enumerate(FIRST)}
-    names = sorted((op for op in every if re.search(options.ops, op)), key=lambda op: (rank.get(op, len(rank)), op))
+    names = sorted((op for op in every if re.search(options.ops, op)), key=lambda op: turn(op, rank))
     about = header()
-    run = Run(options, about)
+    path = options.out or ROOT / "torch_fl/flaggems" / flaggems.verdict_file(version, torch_fl.chip()).name
+    # What --ops leaves out keeps the verdict that the file has.
+    before = json.loads(path.read_text())["ops"] if path.exists() else {}
+    left_out = {"verdict": "unjudged", "why": "not among the operators of the run"}
+
+    def write(run) -> dict:
+        entries = {op: run.entry(op) if op in names else before.get(op, left_out) for op in sorted(every)}
+        totals = dict(sorted(collections.Counter(entry["verdict"] for entry in entries.values()).items()))
+        lines = ",\n".join(f"  {json.dumps(op)}: {json.dumps(entry)}" for op, entry in entries.items())
+        head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in {**about, "totals": totals}.items())
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")
+        unfinished.replace(path)
+        return {**about, "totals": totals, "ops": entries}
+
+    run = Run(options, about, write)
     run.index()
     if options.show:
-        run.results = {}
+        run.results, run.entries = {}, {}
     run.judge(names)
     if options.show:
         for op in names:
@@ -289,19 +343,8 @@ def main(argv=None) -> int:
                 print(f"{outcome['state']:10} {outcome['label']:50} {outcome['call']} {outcome['message']}")
             print(f"{op}: {short(run.entry(op))}")
         return 0
-    path = options.out or ROOT / "torch_fl/flaggems" / flaggems.verdict_file(version, torch_fl.chip()).name
-    # What --ops leaves out keeps the verdict that the file has.
-    before = json.loads(path.read_text())["ops"] if path.exists() else {}
-    left_out = {"verdict": "unjudged", "why": "not among the operators of the run"}
-    entries = {op: run.entry(op) if op in names else before.get(op, left_out) for op in sorted(every)}
-    totals: dict[str, int] = {}
-    for entry in entries.values():
-        totals[entry["verdict"]] = totals.get(entry["verdict"], 0) + 1
-    data = {**about, "totals": dict(sorted(totals.items())), "ops": entries}
-    lines = ",\n".join(f"  {json.dumps(op)}: {json.dumps(entry)}" for op, entry in entries.items())
-    head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "ops")
-    path.write_text("{\n" + head + ',\n "ops": {\n' + lines + "\n }\n}\n")
-    print(f"{path}: " + ", ".join(f"{name} {count}" for name, count in sorted(totals.items())))
+    data = write(run)
+    print(f"{path}: " + ", ".join(f"{name} {count}" for name, count in data["totals"].items()))
     if old is None:
         return 0
     differences = judge_limits.differences(old, data, names)

@@ -13,6 +13,7 @@ launch of a compiled kernel passes.
 import ctypes
 import functools
 import struct
+import sys
 import threading
 
 import torch
@@ -35,6 +36,8 @@ def counts() -> dict[str, dict]:
 
 def use(on: bool) -> bool:
     """Switches plans on or off for the process; returns how it was."""
+    if on and "flag_gems" in sys.modules:  # kernels that were loaded while plans were off
+        hook()
     return _C._set_plans(on)
 
 

@@ -34,6 +34,7 @@ struct Limits {
   uint64_t dtypes = ~uint64_t{0};  // one bit per at::ScalarType
   int64_t max_numel = std::numeric_limits<int64_t>::max();
   bool contiguous = false, nonempty = false, nonscalar = false, same_shape = false, same_dtype = false, several = false;
+  uint64_t defaults = 0;  // one bit per argument that must have its default
   bool any = false;
 };
 
@@ -119,6 +120,11 @@ bool is_dtype(const c10::Argument& argument) {
   return type->kind() == c10::TypeKind::ScalarTypeType;
 }
 
+bool is_default(const c10::IValue& value, const c10::Argument& argument) {
+  const auto& given = argument.default_value();
+  return given && (given->isNone() ? value.isNone() : !value.isNone() && *given == value);
+}
+
 bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   if (C10_LIKELY(!limits.any)) return true;
   bool good = true;
@@ -126,9 +132,12 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
   at::Tensor first;
   bool one = true;  // tensor at most
   for (size_t i = stack.size() - n; i < stack.size(); ++i) {
-    if (stack[i].isInt() && is_dtype(op.schema().arguments()[i + n - stack.size()])) {
+    const size_t position = i + n - stack.size();
+    const auto& argument = op.schema().arguments()[position];
+    if (stack[i].isInt() && is_dtype(argument)) {
       good &= (limits.dtypes >> static_cast<unsigned>(stack[i].toInt()) & 1) != 0;
     }
+    if (limits.defaults >> std::min(position, size_t{63}) & 1) good &= is_default(stack[i], argument);
     each_tensor(stack[i], [&](const at::Tensor& t) {
       const auto numel = t.numel();
       good &= (limits.dtypes >> static_cast<unsigned>(t.scalar_type()) & 1) != 0 && numel <= limits.max_numel;
@@ -173,11 +182,6 @@ py::object to_python(c10::IValue value, const c10::Argument& argument) {
     }
   }
   return torch::jit::toPyObject(std::move(value));
-}
-
-bool is_default(const c10::IValue& value, const c10::Argument& argument) {
-  const auto& given = argument.default_value();
-  return given && (given->isNone() ? value.isNone() : !value.isNone() && *given == value);
 }
 
 void call_function(const c10::OperatorHandle& op, torch::jit::Stack* stack, py::handle function) {
@@ -351,7 +355,22 @@ FLAGOS_BACKEND(flagos_python, {kName, 10, &available, &kernel});
 // ---- the table, from Python
 // ---------------------------------------------------------------------------------------------
 
-Limits limits_of(const py::dict& data) {
+// One bit for each of the named arguments of an operator.
+uint64_t positions(const std::string& op, const std::vector<std::string>& names) {
+  const auto dot = std::min(op.find('.'), op.size());
+  const auto handle = c10::Dispatcher::singleton().findSchema(
+      {"aten::" + op.substr(0, dot), dot < op.size() ? op.substr(dot + 1) : ""});
+  uint64_t found = 0;
+  for (const auto& name : names) {
+    const auto index = handle ? handle->schema().argumentIndexWithName(name) : std::nullopt;
+    TORCH_CHECK_VALUE(index && *index < 63 && handle->schema().arguments()[*index].default_value(),
+                      "limit 'defaults': ", op, " has no argument '", name, "' with a default");
+    found |= uint64_t{1} << *index;
+  }
+  return found;
+}
+
+Limits limits_of(const std::string& op, const py::dict& data) {
   Limits limits;
   for (const auto& [key, value] : data) {
     const auto name = py::cast<std::string>(key);
@@ -361,6 +380,8 @@ Limits limits_of(const py::dict& data) {
         limits.dtypes |= uint64_t{1} << static_cast<unsigned>(py::cast<at::ScalarType>(dtype));
     } else if (name == "max_numel") {
       limits.max_numel = py::cast<int64_t>(value);
+    } else if (name == "defaults") {
+      limits.defaults = positions(op, py::cast<std::vector<std::string>>(value));
     } else {
       bool* flag = name == "contiguous"   ? &limits.contiguous
                    : name == "nonempty"   ? &limits.nonempty
@@ -371,7 +392,7 @@ Limits limits_of(const py::dict& data) {
                                           : nullptr;
       TORCH_CHECK_VALUE(
           flag, "unknown limit '", name,
-          "' (limits: dtypes, max_numel, contiguous, nonempty, nonscalar, same_shape, same_dtype, several)");
+          "' (limits: dtypes, max_numel, contiguous, nonempty, nonscalar, same_shape, same_dtype, several, defaults)");
       *flag = py::cast<bool>(value);
     }
     limits.any = true;
@@ -394,7 +415,7 @@ void set_python_kernels(const std::string& unavailable, const std::map<std::stri
                       : verdict == "wrong"    ? Verdict::wrong
                                               : Verdict::unusable;
     kernel->why = std::get<1>(row);
-    kernel->limits = limits_of(std::get<2>(row));
+    kernel->limits = limits_of(op, std::get<2>(row));
   }
   auto& c = catalogue();
   std::lock_guard<std::mutex> lock(c.mutex);

@@ -23,7 +23,8 @@ from tests.common.samples import copy_tree, is_plain, make_variant, tensors_in, 
 
 DTYPES = "float32 float16 bfloat16 int64 float64 int32 bool uint8 int8 int16 complex64".split()
 LAYOUTS = "strided offset transposed channels_last zero_size expanded".split()
-CHANGES = ("special", "infinite", "aliased", "mixed", "negative", "scalar")
+FEW_LAYOUTS = ("strided", "zero_size")  # for the later dtypes: each kernel has to be compiled for each
+CHANGES = ("special", "infinite", "aliased", "mixed", "broadcast", "negative", "scalar")
 LARGE = 1500  # columns: more than one block of nearly every kernel
 MOST = 1 << 16  # elements of a large case
 PER_SOURCE = 8  # calls kept of one OpInfo, mode and dtype
@@ -264,6 +265,16 @@ def _mixed(nest):
     return _map_tensors(nest, change) if first is not None else None
 
 
+def _broadcast(nest):
+    """The second tensor with one row where the first one has many; both keep their dimensions."""
+    first = _first(nest, lambda t: True)
+
+    def change(t, position):
+        return t[:1].clone() if position == 1 and t.shape == first.shape and t.dim() and len(t) > 1 else t
+
+    return _map_tensors(nest, change) if first is not None else None
+
+
 def _negative(nest):
     """Indices counted from the end."""
     tensors = tensors_in(nest)
@@ -282,13 +293,14 @@ _CHANGES = {
     "infinite": lambda nest: _special(nest, infinite=True),
     "aliased": _aliased,
     "mixed": _mixed,
+    "broadcast": _broadcast,
     "negative": _negative,
     "scalar": _scalar,
 }
 
 
-def _variants(case: Case):
-    for name in (*CHANGES, *LAYOUTS):
+def _variants(case: Case, names):
+    for name in names:
         with torch.no_grad():
             try:
                 nest = _CHANGES[name](case.nest()) if name in _CHANGES else make_variant(name, case.nest())
@@ -310,10 +322,11 @@ def _signature(nest):
     )
 
 
-def cases(op: str, index: dict, dtypes=DTYPES, most: int = 120) -> list[Case]:
+def cases(op: str, index: dict, dtypes=DTYPES, most: int = 100) -> list[Case]:
     """The cases of an overload. `index` says which OpInfos reach which overloads: {OpInfo: {mode: overloads}}.
 
-    float32 (or the first dtype there is) in full breadth, the others with fewer samples and layouts."""
+    The first dtype that there is, float32 as a rule, in full breadth; the next two with fewer samples in every layout,
+    the others in some."""
     known = set(torch._C._dispatch_get_all_op_names())
     wanted = {op}
     sources = _sources(index, wanted)
@@ -375,7 +388,7 @@ def _mix(op, by_dtype, most):
             for case in start:
                 take(case)
                 if position == 0 or (case is largest and round_ == 0):
-                    for variant in _variants(case):
+                    for variant in _variants(case, (*CHANGES, *(LAYOUTS if position < 3 else FEW_LAYOUTS))):
                         take(variant)
     for calls in by_dtype.values():  # last: the slowest
         for case in sorted(calls, key=_elements)[-2:]:

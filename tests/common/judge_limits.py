@@ -1,8 +1,8 @@
 """From the cases of a kernel to its verdict: right, right within limits, wrong, or not judged.
 
 A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
-nonempty, nonscalar, same_shape, same_dtype, several, max_numel. Of all sets of limits under which no case fails, the
-one that keeps most passing cases is taken, and of those the smallest.
+nonempty, nonscalar, same_shape, same_dtype, several, defaults, max_numel. Of all sets of limits under which no case
+fails, the one that keeps most passing cases is taken, and of those the smallest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
 STRIDES = "strides are"  # in the message of a case whose result has other strides
+VALUES = ("special", "infinite", "negative")  # last words of the labels of cases with other values
 ENOUGH = 3  # passing cases without which nothing is called right
 
 
@@ -24,6 +25,13 @@ class Outcome:
     numel: int = 0  # of the largest tensor
     message: str = ""
     call: str = ""  # the operator and its arguments in words
+    changed: list[str] = field(default_factory=list)  # arguments that do not have their default
+
+    @property
+    def values(self) -> str:
+        """Which other values its sample was given; "" when it has its own."""
+        word = self.label.split()[-1]
+        return word if word in VALUES else ""
 
 
 def features(tensors, dtypes=()) -> dict:
@@ -88,31 +96,41 @@ def verdict(outcomes: list[Outcome], note: str = "") -> dict:
     needed = {"contiguous"} if any(STRIDES in o.message and "contiguous" not in o.flags for o in failed) else set()
     best = None
     sizes = sorted({o.numel for o in failed})
+    # An argument that must have its default is named "=argument" among the flags.
+    changed = sorted({name for o in failed for name in o.changed})
+    named = [(), *((f"={name}",) for name in changed), *([tuple(f"={name}" for name in changed)] * (len(changed) > 1))]
     for count in range(len(FLAGS) + 1):
-        for flags in itertools.combinations(FLAGS, count):
+        for flags, defaults in itertools.product(itertools.combinations(FLAGS, count), named):
             if not needed <= set(flags):
                 continue
+            flags += defaults
             for most in (None, sizes[0] - 1):
                 if most is not None and most < 1024:
                     continue
 
                 def inside(o, flags=flags, most=most):
-                    return set(flags) <= set(o.flags) and (most is None or o.numel <= most)
+                    holds = {*o.flags, *(f"={name}" for name in changed if name not in o.changed)}
+                    return holds.issuperset(flags) and (most is None or o.numel <= most)
 
                 kept = [o for o in passed if inside(o)]
                 dtypes = _dtypes(kept, [o for o in failed if inside(o)])
                 if dtypes is None:
                     continue
                 kept = [o for o in kept if set(o.dtypes) <= dtypes]
+                # A dtype is to blame for what fails with some values only where another one passes with them.
+                if not {o.values for o in failed if inside(o)} <= {"", *(o.values for o in kept)}:
+                    continue
                 # A limit on the size may cost nothing that was tried; it is taken only when nothing else will do.
-                score = (len(kept), most is None, -count)
+                score = (len(kept), most is None, -len(flags))
                 if len(kept) >= ENOUGH and (best is None or score > best[0]):
                     best = (score, flags, most, dtypes)
     first = failed[0]
     if best is None:
         return {"verdict": "wrong", "why": first.message, "reproducer": first.label, "call": first.call, **counts}
     _, flags, most, dtypes = best
-    limits = dict.fromkeys(flags, True)
+    limits = {flag: True for flag in flags if flag in FLAGS}
+    if defaults := [flag[1:] for flag in flags if flag not in FLAGS]:
+        limits["defaults"] = defaults
     if most is not None:
         limits["max_numel"] = most
     return _right(limits, dtypes, counts, first)

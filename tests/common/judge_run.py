@@ -10,6 +10,8 @@ one rounding). Everything else must be equal. Kernels of random numbers are comp
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 
 from tests.common import judge_cases
@@ -35,6 +37,7 @@ normal_ rand rand_like randn randn_like randperm uniform_
 )
 DRAWS = 4000
 AS_ACCURATE = 2  # a result may be so many times as far from the exact one as the native kernel's is
+CONFIGURATIONS = 2  # of a kernel that has a tuner, which cases run with
 MANY = 1000  # numbers from which on a distribution is looked at
 # What the interpreter, or this judge's stand-in for a device, cannot do; no fault of the kernel.
 LIMITATIONS = (
@@ -61,18 +64,37 @@ def described_tolerances() -> dict:
 
 
 def limit_tuning(most: int) -> None:
-    """Lets a kernel's tuner choose among `most` of its configurations, spread over all of them."""
+    """A kernel's tuner measures nothing: it takes one of `most` of its configurations, spread over all of them.
+
+    Which one is drawn by the arguments, so that the cases of an operator are judged with several configurations, and
+    each of them with the same one in every run. One that the device cannot launch is passed over, as the tuner does."""
     try:
         from triton.runtime.autotuner import Autotuner
     except ImportError:
         return
-    prune = Autotuner.prune_configs
+    prune, bench = Autotuner.prune_configs, Autotuner._bench
 
     def prune_configs(self, *arguments, **keywords):
         configs = list(prune(self, *arguments, **keywords))
-        return configs[:: max(1, -(-len(configs) // most))]
+        configs = configs[:: max(1, -(-len(configs) // most))]
+        values = [words("", ((v,), {})) for v in self.nargs.values() if isinstance(v, (torch.Tensor, int, float))]
+        start = zlib.crc32(" ".join(values).encode()) % len(configs)
+        self.found = False
+        return configs[start:] + configs[:start]
 
-    Autotuner.prune_configs = prune_configs
+    def _bench(self, *arguments, **keywords):
+        if self.found:
+            return [float("inf")] * 3
+        times = bench(self, *arguments, **keywords)
+        self.found = times[0] != float("inf")
+        return times
+
+    def once(kernel_call, quantiles):
+        kernel_call()
+        return [0.0] * 3
+
+    Autotuner.prune_configs, Autotuner._bench = prune_configs, _bench
+    Autotuner.do_bench = property(lambda self: once)
 
 
 def words(op: str, nest) -> str:
@@ -194,10 +216,21 @@ def _compare(op, nest, case_kind, actual, expected, arguments, arguments_native)
             _same_values(_storage_bytes(a), _storage_bytes(e), f"memory of argument {index} after the call")
 
 
-def facts_of(nest) -> dict:
+def facts_of(op, nest) -> dict:
     dtypes = []
     tree_map(lambda leaf: dtypes.append(leaf) if isinstance(leaf, torch.dtype) else None, nest)
-    return features(tensors_in(nest), dtypes)
+    return {**features(tensors_in(nest), dtypes), "changed": changed(op, nest)}
+
+
+def changed(op, nest) -> list[str]:
+    """The arguments that are no tensors, have a default, and another value."""
+    args, kwargs = nest
+    arguments = judge_cases.overload(op)._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    with_default = {a.name: a.default_value for a in arguments if a.has_default_value() and a.name in given}
+    return sorted(
+        n for n, d in with_default.items() if not tensors_in([given[n]]) and (d, type(d)) != (given[n], type(given[n]))
+    )
 
 
 def judge(op: str, case, interpreted: bool, at_kernel=lambda: None) -> Outcome | None:
@@ -206,7 +239,7 @@ def judge(op: str, case, interpreted: bool, at_kernel=lambda: None) -> Outcome |
     import torch_fl
 
     nest = case.nest()
-    facts = facts_of(nest)
+    facts = facts_of(op, nest)
     try:  # what the CPU refuses may be an illegal access elsewhere
         _call(op, copy_tree(nest, "cpu"))
     except NotImplementedError:

@@ -64,6 +64,7 @@ def _index_put(make):
         yield _plain(make(4, 5), [rows], make(3, 5), accumulate)
         yield _plain(make(4, 5), [rows, columns], make(3), accumulate)
         yield _plain(make(4, 5, 2), [rows, columns], make(3, 2), accumulate)
+        yield _plain(make(4, 5), [rows, -1 - columns], make(3), accumulate)
 
 
 def _bicubic(make):
@@ -152,6 +153,28 @@ def _one_tensor(make):
 def _negative_index(make):
     for index in (torch.tensor([-1, 0, 1]), torch.tensor([[-1], [-2]])):
         yield _plain(make(4, 5), [index])
+    yield _plain(make(4, 5), [torch.tensor([-1, 0, 1], dtype=torch.int32)])
+
+
+def _pairs(make):
+    yield _plain(make(4, 5), make(4, 5))
+
+
+def _ends(make):
+    yield ((5,), {"dtype": make.dtype, "device": torch.device("cpu")})
+    if make.dtype is torch.float32:  # the dtype follows from the number
+        for end in (7, 2.5, 4097, 0):
+            yield ((end,), {"device": torch.device("cpu")})
+
+
+def _starts(make):
+    for start, end in ((1, 9), (-2.5, 3.0), (0.5, 1000.5)) if make.dtype is torch.float32 else ():
+        yield ((start, end), {"device": torch.device("cpu")})
+
+
+def _steps(make):
+    for numbers in ((0, 1, 0.25), (5, -3, -2), (0.5, 900.0, 0.5)) if make.dtype is torch.float32 else ():
+        yield (numbers, {"device": torch.device("cpu")})
 
 
 def _many(make):
@@ -160,9 +183,18 @@ def _many(make):
     yield _plain(ones.reshape(10, 100))
 
 
-def _close_integers(make):
+def _close(make):
     if make.dtype is torch.int64:
         yield _plain(torch.tensor([2**24 + 1, 2**40 + 1]), torch.tensor([2**24, 2**40]))
+    if make.dtype is torch.float64:
+        yield _plain(
+            torch.tensor([1 + 1e-12, 3.0, 2**24 + 1], dtype=make.dtype), torch.tensor([1.0, 3.0, 2**24]).double()
+        )
+
+
+def _close_swapped(make):
+    for (a, b), keywords in _close(make):
+        yield (b, a), keywords
 
 
 CALLS = {
@@ -184,11 +216,17 @@ CALLS = {
     "replication_pad3d": _replication,
     "div.Scalar_mode": _modes,
     "div_.Scalar_mode": _modes,
+    **{f"{name}.Tensor": (_pairs, None) for name in ("add", "mul", "sub", "div")},
+    "arange": (_ends, (*FLOATS, torch.int64, torch.int32)),
+    "arange.start": _starts,
+    "arange.start_step": _steps,
     "cat": (_one_tensor, None),
     "index.Tensor": (_negative_index, None),
     "sum": (_many, None),
-    "eq.Tensor": (_close_integers, None),
-    "ne.Tensor": (_close_integers, None),
-    "gt.Tensor": (_close_integers, None),
-    "ge.Tensor": (_close_integers, None),
+    "eq.Tensor": (_close, None),
+    "ne.Tensor": (_close, None),
+    "gt.Tensor": (_close, None),
+    "ge.Tensor": (_close, None),
+    "lt.Tensor": (_close_swapped, None),
+    "le.Tensor": (_close_swapped, None),
 }

@@ -44,6 +44,11 @@ def check_replays_launch_what_the_call_launches():
     equal("add.Tensor", ADD, lambda: ((random(4, 1), random(8)), {}))
     equal("add.Tensor", ADD, lambda: ((random(4), 2.5), {}))
     equal("add_.Tensor", ADD_, lambda: ((random(4, 8), random(4, 8)), {}))
+    for first, second in (
+        ((random(3), random(3)), (random(3), random(3))),
+        ((random(6)[1:],) * 2, (random(6)[1:],) * 2),
+    ):
+        assert judge("add_.Tensor", ADD_, (first, {}), (second, {}), values=True) == ("equal", "")
 
 
 def check_equal_operands():
@@ -213,6 +218,10 @@ def check_in_place_returns_the_same_object():
         version = x._version
         assert x.add_(y) is x and x._version == version + 1
     assert counts("add_.Tensor")["hits"] >= 1
+
+
+def check_a_kernel_that_raises_is_no_failure_of_plans():
+    assert judge("exp", torch.ops.aten.exp.default, ((random(4),), {}), ((random(4),), {}))[0] == "unserved"
 
 
 def check_exceptions():

@@ -14,8 +14,9 @@ import torch
 
 import torch_fl
 from tests.common import null_cuda
-from tests.common.compare import to_host
+from tests.common.compare import first_lines, to_host
 from tests.common.samples import copy_tree, tensors_in
+from torch_fl import _C
 
 SIGHTINGS = 4  # a call that tunes is recorded at a later sighting
 
@@ -80,11 +81,23 @@ def call(function, arguments):
 
 
 def judge(op: str, function, first, second, values: bool = False) -> tuple[str, str]:
-    """("equal", ""), ("refused", why), ("unequal", difference), ("unused", why) or ("varies", why).
+    """("equal", ""), ("unequal", difference), ("refused", why), ("unused", why) or ("varies", why).
 
     `first` and `second` are arguments (args, kwargs) of one signature in different memory: the plan is made with the
-    first and replayed with the second. values: the device computes, so that bytes are compared.
+    first and replayed with the second. values: the device computes, so that bytes are compared. Also ("unserved", why)
+    when the kernel raises without plans, and ("outside", why) when the call is outside of its limits.
     """
+    torch_fl.plans.clear()
+    passed_on = _C._python_kernels_passed_on().get(op, 0)
+    try:  # the first sighting runs in Python and is not recorded
+        call(function, copy_tree(first, "flagos"))
+        torch.flagos.synchronize()
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        return "unserved", first_lines(error, 200)
+    if _C._python_kernels_passed_on().get(op, 0) > passed_on:
+        return "outside", "outside of the limits of its kernel"
     torch_fl.plans.clear()
     for _ in range(SIGHTINGS):
         call(function, first)
@@ -200,7 +213,8 @@ def after_effects(result, arguments) -> list[tuple]:
         rows.append(("result", t.dtype, tuple(t.shape), t.stride(), host.view(torch.uint8)))
     for t in tensors_in(arguments):
         if t.is_flagos:
-            flat = t.detach().new_empty(0).set_(t.untyped_storage(), 0, (t.untyped_storage().nbytes() // t.itemsize,))
+            size = t.untyped_storage().nbytes() // t.itemsize
+            flat = t.detach().new_empty(0).set_(t.untyped_storage(), 0, (size,), (1,))
             rows.append(("argument", t.dtype, tuple(t.shape), t.stride(), to_host(flat).view(torch.uint8)))
     return rows
 

@@ -67,9 +67,11 @@ def _copy_layout(tensor, device, memo):
         return tensor.clone().to(device)
     key = (storage._cdata, tensor.dtype)
     if key not in memo:
-        flat = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, (storage.nbytes() // size,), (1,))
+        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        flat.set_(storage, 0, (storage.nbytes() // size,), (1,))
         # Many processes may share a GPU, and each wait for it is long: pageable memory is read before this returns.
-        memo[key] = flat.clone() if torch.device(device).type == "cpu" else flat.to(device, non_blocking=True)
+        stays = torch.device(device).type == tensor.device.type
+        memo[key] = flat.clone() if stays else flat.to(device, non_blocking=torch.device(device).type != "cpu")
     flat = memo[key]
     sizes, strides, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
     result = flat.new_empty(0).set_(flat.untyped_storage(), offset, sizes, strides)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 START = 120.0  # seconds that a process may need until its first step, or in one that it calls "start"
+LATE = 5.0  # seconds after the end of a run in which a task that has begun may still answer
 
 
 class Channel:
@@ -89,10 +90,10 @@ class _Worker:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return how, tail
 
-    def close(self):
+    def close(self, patience: float = 30.0):
         self.process.stdin.close()
         try:
-            self.process.wait(30)
+            self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -111,8 +112,8 @@ def run_tasks(
     end: float = float("inf"),
 ) -> None:
     """Feeds tasks to `jobs` workers. on_crash may return what remains of the task; it is run by a fresh worker.
-    `timeout` is the longest silence of a worker, in seconds. Callbacks are called one at a time. No
-    task is begun after `end` (time.monotonic)."""
+    `timeout` is the longest silence of a worker, in seconds. Callbacks are called one at a time. No task is begun after
+    `end` (time.monotonic); one that has no answer LATE seconds after it is given up, as if it had never begun."""
     todo: queue.Queue = queue.Queue()
     for task in tasks:
         todo.put(task)
@@ -127,7 +128,7 @@ def run_tasks(
                     task = todo.get_nowait()
                 except queue.Empty:
                     return
-                while task is not None:
+                while task is not None and time.monotonic() < end:
                     worker = worker or _Worker(command, env)
                     task, alive = one(worker, task)
                     if not alive:
@@ -136,14 +137,18 @@ def run_tasks(
             errors.append(error)
         finally:
             if worker is not None:
-                worker.close()
+                worker.close(30.0 if time.monotonic() < end else 2.0)
+
+    def patience(at):
+        longest = timeout if at and at[0] != "start" else max(timeout, START)
+        return min(longest, max(0.0, end + LATE - time.monotonic()))
 
     def one(worker, task):
         """(what remains of the task, whether the worker lives)"""
         at, hung = None, False
         try:
             worker.send(task)
-            while message := worker.receive(timeout if at and at[0] != "start" else max(timeout, START)):
+            while message := worker.receive(patience(at)):
                 if "done" in message:
                     with lock:
                         on_result(task, message["done"])
@@ -153,6 +158,10 @@ def run_tasks(
             hung = True
         except BrokenPipeError:
             pass
+        if time.monotonic() > end + LATE - 1:
+            worker.process.kill()
+            worker.end()
+            return None, False
         how, tail = worker.end()
         with lock:
             return on_crash(Crash(task, at, f"no answer for {timeout:.0f} s" if hung else how, tail)), False

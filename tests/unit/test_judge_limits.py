@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.common import judge_limits
+from tests.common import judge_limits, judge_run
 from tests.common.judge_limits import FLAGS, Outcome, features, verdict
 from torch_fl import flaggems
 
@@ -29,9 +29,9 @@ KNOWN_WRONG = {
 }
 
 
-def case(state="passed", dtypes=("float32",), without=(), numel=64, message="values differ", **fields):
+def case(state="passed", dtypes=("float32",), without=(), numel=64, message="values differ", label="a case", **fields):
     flags = [flag for flag in DENSE if flag not in without]
-    return Outcome("a case", state, list(dtypes), flags, numel, "" if state == "passed" else message, **fields)
+    return Outcome(label, state, list(dtypes), flags, numel, "" if state == "passed" else message, **fields)
 
 
 def dense(*dtypes, count=4):
@@ -179,3 +179,31 @@ def test_differences():
     assert judge_limits.differences(old, old, "ab") == []
     assert judge_limits.differences(old, new, "ab") == ["a: wrong {}, was right {}; values differ"]
     assert judge_limits.differences(old, {**old, "arch": "sm80"}, "ab") == ["arch: sm80, was sm90"]
+
+
+def test_arguments_that_must_have_their_default():
+    """A kernel that refuses one value of an argument serves every dtype without it."""
+    cases = [*dense("float32", "float16"), case("failed", message="raises AssertionError", changed=["sparse"])]
+    cases += [case(changed=["padding_idx"]), case("failed", dtypes=["float16"], changed=["padding_idx", "sparse"])]
+    entry = verdict(cases)
+    assert entry["limits"] == {"dtypes": ["float16", "float32"], "defaults": ["sparse"]}, entry
+    assert entry["passed"] == 9
+
+
+def test_changed_arguments():
+    x, index = torch.ones(4, 3), torch.tensor([1, 2])
+    assert judge_run.changed("embedding", ((x, index, -1, False, True), {})) == ["sparse"]
+    assert judge_run.changed("embedding", ((x, index), {})) == []
+    assert judge_run.changed("add.Tensor", ((x, x), {"alpha": 2})) == ["alpha"]
+    assert judge_run.changed("mean.dim", ((x, [0]), {"keepdim": False, "dtype": torch.float64})) == ["dtype"]
+
+
+def test_a_dtype_is_not_to_blame_for_values_that_no_other_one_had():
+    cases = [
+        *dense("float32", "float16"),
+        case("failed", label="x float32 0 negative"),
+        case(label="x float32 1 special"),
+    ]
+    assert verdict(cases)["verdict"] == "wrong"
+    other = verdict([*cases, case(dtypes=["float16"], label="x float16 0 negative")])
+    assert other["verdict"] == "right" and other["limits"] == {"dtypes": ["float16"]}

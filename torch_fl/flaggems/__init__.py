@@ -11,7 +11,8 @@
 
 A right kernel may serve by default; within its limits, when it has some, and other calls go to the next backend. A
 wrong one, and one without a verdict, serves only when it is asked for by name. Limits: dtypes (names), max_numel,
-contiguous, nonempty, nonscalar (no tensor without dimensions), same_shape, same_dtype, several (tensors, not one).
+contiguous, nonempty, nonscalar (no tensor without dimensions), same_shape, same_dtype, several (tensors, not one),
+defaults (names of arguments that must have their default).
 """
 
 import json

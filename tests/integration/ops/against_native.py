@@ -31,7 +31,7 @@ import against_stock  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from tests.common import opdb, workers  # noqa: E402
+from tests.common import judge_run, opdb, workers  # noqa: E402
 from tests.common.compare import Mismatch, bit_equal, first_lines, to_host  # noqa: E402
 from tests.common.samples import is_plain  # noqa: E402
 
@@ -91,6 +91,7 @@ def work(options) -> None:
     import torch_fl
 
     warnings.simplefilter("ignore")
+    judge_run.limit_tuning(judge_run.CONFIGURATIONS)  # as the judge does, whose kernels are compiled
     for task in channel.tasks():
         path = options.work / f"{task['op']} {task['dtype']}.pt"
         found: dict = {}
@@ -162,7 +163,9 @@ def side(options, which: str, tasks, environment: dict, end: float) -> tuple[dic
             return None
         return {**crash.task, "skip": [*crash.task["skip"], name]}
 
-    environment = {k: v for k, v in {**os.environ, "OMP_NUM_THREADS": "1", **environment}.items() if v is not None}
+    # What the judge's tuners take is not to be found by a program that tunes.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "FLAGGEMS_DB_URL": "sqlite://", **environment}
+    environment = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
     workers.run_tasks(list(map(str, command)), tasks, done, crashed, options.jobs, options.timeout, environment, end)
     return answers, served
 
