@@ -313,7 +313,7 @@ def main(argv=None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--pairs", type=int, default=24, help="pairs of turns per part, over all processes")
-    parser.add_argument("--processes", type=int, default=2, help="generations of processes")
+    parser.add_argument("--processes", type=int, default=6, help="generations of processes")
     parser.add_argument("--tokens", type=int, default=32, help="tokens per turn of eager decoding")
     parser.add_argument("--steps", type=int, default=5, help="training steps per turn")
     parser.add_argument("--limit", type=float, default=440, help="seconds for everything")
