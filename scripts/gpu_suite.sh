@@ -11,7 +11,7 @@
 #                                             verdicts make the conf file of the others, its compiled kernels serve them
 # Without any: timing tests+hal opdb. `name:SECONDS` bounds a stage; SUITE_LIMIT bounds all together. A stage that fails
 # or is cut off never stops the next one, and leaves its JSON with what it has. JOBS: processes of stages that use many
-# (default: the cores less two, shared by what runs side by side).
+# (default: the cores less two, shared by what runs side by side). TESTS and HAL_TESTS: what tests and hal run.
 #
 # A GPU for half an hour, in calls of ten minutes, with 16 cores:
 #     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT timing          # dispatch, threads, memory, import, Qwen3
@@ -67,7 +67,23 @@ for part in torch_fl tests benchmarks scripts accelerator include csrc cmake emu
 done
 cp "$package"/*.so "$package/_build.py" "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
-export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
+# As if installed there, with the entry point that `import torch` follows: processes that set a PYTHONPATH of their own
+# find it too, and whatever this interpreter finds.
+"$python" -m venv --without-pip "$tree/venv" || exit 2
+"$python" - "$tree" "$repo/pyproject.toml" <<'END' || exit 2
+import pathlib, re, subprocess, sys
+tree, project = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_text()
+own = subprocess.check_output([tree / "venv/bin/python3", "-Ic", "import sys; print(*sys.path, sep='\n')"], text=True)
+site = pathlib.Path(own.split("\n")[-2])
+(site / "tree.pth").write_text("\n".join([str(tree)] + [p for p in sys.path if p and p not in own.split("\n")]) + "\n")
+(site / "torch_fl-0.dist-info").mkdir()
+(site / "torch_fl-0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch_fl\nVersion: 0\n")
+entry = re.search(r'entry-points\."torch.backends"\]\n(.*?)\n\n', project, re.S)[1].replace('"', "")
+(site / "torch_fl-0.dist-info/entry_points.txt").write_text(f"[torch.backends]\n{entry}\n")
+END
+python="$tree/venv/bin/python3"
+unset PYTHONPATH
+export PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
 declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=100 [memory]=60 [qwen3]=270
   [tests]=480 [hal]=120 [opdb]=540 [judge]=270 [plans]=120 [plan_time]=40 [opdb_flaggems]=110 [tuned]=300)
@@ -97,12 +113,12 @@ stage() {
     # The sweeps have stages of their own. Without pytest-xdist one process does it all.
     local spread=()
     "$python" -c 'import xdist' 2>/dev/null && spread=(-n "$jobs" --dist loadfile)
-    run=("$python" -m pytest tests/integration -q -m "not slow" -p no:cacheprovider "${spread[@]}" --timeout 120
+    run=("$python" -m pytest ${TESTS:-tests/integration} -q -m "not slow" -p no:cacheprovider "${spread[@]}" --timeout 120
       --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
       --results "$out/tests_$chip.json")
     ;;
   hal)
-    run=("$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
+    run=("$python" -m pytest ${HAL_TESTS:-tests/hal} -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
       --results "$out/hal_$chip.json")
     ;;
   opdb)

@@ -194,4 +194,4 @@ def test_the_doctor_notices_kernels_that_do_nothing():
     found = json.loads(result.stdout)
     failed = {entry["check"]: entry["lines"][0] for entry in found["checks"] if entry["status"] == "failed"}
     assert found["failed"] == len(failed) and not found["ok"]
-    assert {"arithmetic", "autograd"} <= set(failed) and "cuda: mm differs from the CPU" in failed["arithmetic"]
+    assert {"arithmetic", "autograd"} <= set(failed) and "cuda: exp differs from the CPU" in failed["arithmetic"]
