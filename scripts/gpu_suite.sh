@@ -71,15 +71,15 @@ cd "$tree" || exit 2
 # find it too, and whatever this interpreter finds.
 "$python" -m venv --without-pip "$tree/venv" || exit 2
 "$python" - "$tree" "$repo/pyproject.toml" <<'END' || exit 2
-import pathlib, re, subprocess, sys
+import pathlib, re, sys
 tree, project = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_text()
-own = subprocess.check_output([tree / "venv/bin/python3", "-Ic", "import sys; print(*sys.path, sep='\n')"], text=True)
-site = pathlib.Path(own.split("\n")[-2])
-(site / "tree.pth").write_text("\n".join([str(tree)] + [p for p in sys.path if p and p not in own.split("\n")]) + "\n")
-(site / "torch_fl-0.dist-info").mkdir()
-(site / "torch_fl-0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch_fl\nVersion: 0\n")
-entry = re.search(r'entry-points\."torch.backends"\]\n(.*?)\n\n', project, re.S)[1].replace('"', "")
-(site / "torch_fl-0.dist-info/entry_points.txt").write_text(f"[torch.backends]\n{entry}\n")
+site = next(tree.glob("venv/lib/python*/site-packages"))
+(site / "tree.pth").write_text("\n".join([str(tree), *filter(None, sys.path)]) + "\n")
+version, entry = (re.search(rf'^{name} = "(.*)"', project, re.M)[1] for name in ("version", "torch_fl"))
+facts = site / f"torch_fl-{version}.dist-info"
+facts.mkdir()
+(facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_fl\nVersion: {version}\n")
+(facts / "entry_points.txt").write_text(f"[torch.backends]\ntorch_fl = {entry}\n")
 END
 python="$tree/venv/bin/python3"
 unset PYTHONPATH

@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(STUB), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     "GEMS_VENDOR": "nvidia",
     "FLAGOS_FLAGGEMS_VERDICTS": str(STUB / "verdicts.json"),
+    "FLAGOS_PLAN": "0",  # every call in Python; plans have tests of their own
     "FLAGGEMS_DB_URL": None,
     "FLAGGEMS_SOURCE_DIR": None,
     "FLAGGEMS_DIR": None,
