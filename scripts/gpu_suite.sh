@@ -113,8 +113,8 @@ stage() {
     # The sweeps have stages of their own. Without pytest-xdist one process does it all.
     local spread=()
     "$python" -c 'import xdist' 2>/dev/null && spread=(-n "$jobs" --dist loadfile)
-    run=("$python" -m pytest ${TESTS:-tests/integration} -q -m "not slow" -p no:cacheprovider "${spread[@]}" --timeout 120
-      --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
+    run=("$python" -m pytest ${TESTS:-tests/integration} -q -m "not slow" -p no:cacheprovider "${spread[@]}"
+      --timeout 120 --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
       --results "$out/tests_$chip.json")
     ;;
   hal)

@@ -163,7 +163,7 @@ def _results(args, kwargs, returned, func):
 
 
 def _wide(value, rounded: bool):
-    """A floating-point argument in twice the precision, and as it is or changed by its rounding, up here, down there."""
+    """A floating-point argument in twice the precision, as it is or changed by its rounding, up here, down there."""
     if not isinstance(value, torch.Tensor) or value.dtype not in TOLERANCES or value.layout is not torch.strided:
         return value
     wide = value.to(torch.complex128 if value.is_complex() else torch.float64, copy=True)

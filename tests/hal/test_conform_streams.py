@@ -1,6 +1,5 @@
 """Every chip: streams and events, their order, their errors. A waiting host function keeps a stream busy."""
 
-import ctypes
 import threading
 import time
 from ctypes import byref, c_float, c_int32, c_void_p
@@ -8,7 +7,6 @@ from ctypes import byref, c_float, c_int32, c_void_p
 import pytest
 from hal_abi import (
     D2D,
-    D2H,
     FAILED_PRECONDITION,
     H2D,
     INVALID_ARGUMENT,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration/ops"))
 
-import against_stock  # noqa: E402
+import against_stock
 
 
 def side(results, deterministic=None, fallbacks=None):
