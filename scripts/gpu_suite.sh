@@ -114,7 +114,7 @@ stage() {
     local spread=()
     "$python" -c 'import xdist' 2>/dev/null && spread=(-n "$jobs" --dist loadfile)
     run=("$python" -m pytest ${TESTS:-tests/integration} -q -m "not slow" -p no:cacheprovider "${spread[@]}"
-      --timeout 120 --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
+      --timeout 240 --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
       --results "$out/tests_$chip.json")
     ;;
   hal)
