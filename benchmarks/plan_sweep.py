@@ -152,7 +152,7 @@ def sweep(options, write) -> dict:
     command = [sys.executable, __file__, "--worker", "--work", options.work, "--calls", options.calls]
     command += ["--op-budget", options.op_budget, "--until", end]
     environment = dict(os.environ, OMP_NUM_THREADS="1", FLAGOS_PLAN="1", FLAGOS_PLAN_VERIFY="0")
-    environment |= {"PYTHONHASHSEED": "0", "FLAGGEMS_DB_URL": "sqlite://"}  # as the judge has it
+    environment["FLAGGEMS_DB_URL"] = "sqlite://"  # as the judge has it
     environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, list] = {}

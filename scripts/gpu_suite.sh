@@ -12,7 +12,8 @@
 # Without any: timing tests+hal opdb. `name:SECONDS` bounds a stage; SUITE_LIMIT bounds all together. A stage that fails
 # or is cut off never stops the next one, and leaves its JSON with what it has. JUDGE_WORK: the judge's folder, which
 # may hold outcomes of an earlier call, wherever that ran (default: in TMPDIR). JOBS: processes of stages that use many
-# (default: the cores less two, shared by what runs side by side).
+# (default: the cores less two, shared by what runs side by side). TESTS and HAL_TESTS: what tests
+# and hal run.
 #
 # A GPU for half an hour, in calls of ten minutes, with 16 cores:
 #     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT timing          # dispatch, threads, memory, import, Qwen3
@@ -69,7 +70,24 @@ for part in torch_fl tests benchmarks scripts accelerator include csrc cmake emu
 done
 cp "$package"/*.so "$package/_build.py" "$tree/torch_fl/" || exit 2
 cd "$tree" || exit 2
-export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
+# As if installed there, with the entry point that `import torch` follows: processes that set a PYTHONPATH of their own
+# find it too, and whatever this interpreter finds.
+"$python" -m venv --without-pip "$tree/venv" || exit 2
+"$python" - "$tree" "$repo/pyproject.toml" <<'END' || exit 2
+import pathlib, re, sys
+tree, project = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_text()
+site = next(tree.glob("venv/lib/python*/site-packages"))
+(site / "tree.pth").write_text("\n".join([str(tree), *filter(None, sys.path)]) + "\n")
+version, entry = (re.search(rf'^{name} = "(.*)"', project, re.M)[1] for name in ("version", "torch_fl"))
+facts = site / f"torch_fl-{version}.dist-info"
+facts.mkdir()
+(facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_fl\nVersion: {version}\n")
+(facts / "entry_points.txt").write_text(f"[torch.backends]\ntorch_fl = {entry}\n")
+END
+python="$tree/venv/bin/python3"
+"$python" -m compileall -q "$tree/torch_fl" # as an installation does
+unset PYTHONPATH
+export PYTHONUNBUFFERED=1 FLAGOS_ACCELERATOR="$chip"
 
 declare -A seconds=([smoke]=60 [dispatch]=90 [threads]=100 [memory]=60 [qwen3]=270
   [tests]=480 [hal]=120 [opdb]=540 [judge]=270 [plans]=120 [plan_time]=40 [opdb_flaggems]=110 [tuned]=300)
@@ -98,12 +116,12 @@ stage() {
     # The sweeps have stages of their own. Without pytest-xdist one process does it all.
     local spread=()
     "$python" -c 'import xdist' 2>/dev/null && spread=(-n "$jobs" --dist loadfile)
-    run=("$python" -m pytest tests/integration -q -m "not slow" -p no:cacheprovider "${spread[@]}" --timeout 120
-      --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
+    run=("$python" -m pytest ${TESTS:-tests/integration} -q -m "not slow" -p no:cacheprovider "${spread[@]}"
+      --timeout 240 --ignore tests/integration/ops/test_opdb.py --ignore tests/integration/test_moduledb.py
       --results "$out/tests_$chip.json")
     ;;
   hal)
-    run=("$python" -m pytest tests/hal -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
+    run=("$python" -m pytest ${HAL_TESTS:-tests/hal} -q --hal-chip "$chip" -p no:cacheprovider --timeout 120
       --results "$out/hal_$chip.json")
     ;;
   opdb)

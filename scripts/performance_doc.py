@@ -127,11 +127,13 @@ def opdb(data) -> list[str]:
         for mode, row in data["modes"].items()
     ]
     operators = data.get("cpu_fallbacks", {})
+    varying = [f"{why}: {len(cases)}" for why, cases in data.get("unsteady", {}).items()]
     return [
-        *rows(("mode", "cases that stock passes", "passed", "%", "bit-equal of those that repeat"), lines),
+        *rows(("mode", "cases that stock passes", "passed", "%", "bit-equal of the deterministic"), lines),
         "",
         f"* {data['pairs']} of {data['tasks']} (operator, dtype) pairs",
         f"* operators on the CPU fallback: {len(operators)}",
+        f"* cases of kernels that are not deterministic, compared by sums: {', '.join(varying) or 'none'}",
     ]
 
 

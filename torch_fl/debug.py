@@ -26,6 +26,9 @@ TOLERANCES = {
     torch.complex128: 1e-9,
     torch.complex64: 1e-4,
 }
+# Where numbers cancel the largest element says little. There it is this many times what the result changes by when each
+# argument is changed by the rounding of its type.
+ROUNDINGS = 16
 # What CUDA may round the operands of these operators to, in float32, when that is allowed: for convolutions it is.
 TF32 = 5e-3
 CONVOLUTIONS = ("convolution", "convolution_backward", "_convolution")
@@ -110,20 +113,20 @@ def _rtol(name: str, leaves) -> float | None:
     return TF32 if rounded else None
 
 
-def _mismatch(actual, expected, rtol) -> str | None:
-    """What differs between two results, in words; None when nothing does."""
+def _mismatch(actual, expected, rtol, rounding=0.0) -> str | None:
+    """What differs between two results by more than `rounding`, in words; None when nothing does."""
     if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
-        return _tensor_mismatch(actual.detach(), expected.detach(), rtol)
+        return _tensor_mismatch(actual.detach(), expected.detach(), rtol, rounding)
     if type(actual) is not type(expected):
         return f"{type(actual).__name__} instead of {type(expected).__name__}"
     if isinstance(expected, (bool, int)):
         return None if actual == expected else f"{actual} instead of {expected}"
     if isinstance(expected, (float, complex)):
-        return _tensor_mismatch(torch.tensor(actual), torch.tensor(expected), rtol)
+        return _tensor_mismatch(torch.tensor(actual), torch.tensor(expected), rtol, rounding)
     return None
 
 
-def _tensor_mismatch(actual, expected, rtol) -> str | None:
+def _tensor_mismatch(actual, expected, rtol, rounding) -> str | None:
     if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
         return f"{_shown(actual)} instead of {_shown(expected)}"
     if actual.layout is not torch.strided or actual.is_quantized or expected.numel() == 0:
@@ -137,7 +140,7 @@ def _tensor_mismatch(actual, expected, rtol) -> str | None:
         wide = torch.complex128 if expected.is_complex() else torch.float64
         actual, expected = actual.to(wide), expected.to(wide)
         finite = expected[torch.isfinite(expected)]
-        tolerance = relative * (finite.abs().max().item() if finite.numel() else 0.0)
+        tolerance = max(relative * (finite.abs().max().item() if finite.numel() else 0.0), rounding)
     wrong = ~torch.isclose(actual, expected, rtol=0.0, atol=tolerance, equal_nan=expected.dtype.is_floating_point)
     if not wrong.any():
         return None
@@ -159,6 +162,48 @@ def _results(args, kwargs, returned, func):
     return found
 
 
+def _wide(value, rounded: bool):
+    """A floating-point argument in twice the precision, as it is or changed by its rounding, up here, down there."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in TOLERANCES or value.layout is not torch.strided:
+        return value
+    wide = value.to(torch.complex128 if value.is_complex() else torch.float64, copy=True)
+    if not rounded:
+        return wide
+    up = torch.rand(wide.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    return wide * (1 + torch.finfo(value.dtype).eps * torch.where(up, 1.0, -1.0).double())
+
+
+def _roundings(func, args, kwargs) -> list[float]:
+    """By how much each result may be off because of the rounding of numbers; [] when the CPU cannot say."""
+    runs = []
+    try:
+        for rounded in (False, True):
+            wide_args, wide_kwargs = tree_map(lambda value: _wide(value, rounded), (args, kwargs))  # noqa: B023
+            runs.append(_results(wide_args, wide_kwargs, func(*wide_args, **wide_kwargs), func))
+        return [
+            ROUNDINGS * torch.nan_to_num((a - b).abs().double(), 0, 0).max().item()
+            if isinstance(a, torch.Tensor) and a.dtype in TOLERANCES and a.numel()
+            else 0.0
+            for (_, a), (_, b) in zip(*runs, strict=True)
+        ]
+    except Exception:  # it has no kernel for such types, or the types have to go together
+        return []
+
+
+def _difference(func, arguments, actual, expected, rtol) -> str | None:
+    """What differs between the _results() of a call on flagos and on the CPU; `arguments` are as before the call."""
+    roundings = None
+    for i, ((what, here), (_, wanted)) in enumerate(zip(actual, expected, strict=True)):
+        words = _mismatch(here, wanted, rtol)
+        if words is None:
+            continue
+        roundings = _roundings(func, *tree_map(_Copier("cpu"), arguments)) if roundings is None else roundings
+        words = _mismatch(here, wanted, rtol, roundings[i] if roundings else 0.0)
+        if words is not None:
+            return f"{what}: {words}"
+    return None
+
+
 def _is_random(func, args, kwargs) -> bool:
     """Whether the result depends on a generator. Attention is marked so, but without dropout it does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -175,8 +220,8 @@ class compare_with_cpu(TorchDispatchMode):
 
     `with torch_fl.debug.compare_with_cpu(): loss = model(x); loss.backward()`. The error names the operator, its
     backend and the element; the arguments go into a file in `folder` that `python -m torch_fl.debug FILE` runs again.
-    `rtol` replaces TOLERANCES (relative to the largest element); `ignore` names operators to leave out, `mm` or
-    `add.Tensor`. Random operators and those with undefined content are left out.
+    `rtol` replaces TOLERANCES (relative to the largest element; a difference that ROUNDINGS explains is none); `ignore`
+    names operators to leave out, `mm` or `add.Tensor`. Random operators and those with undefined content are left out.
     Afterwards `compared` counts the calls, and `skipped` says which operators the CPU could not run, and why.
     """
 
@@ -204,12 +249,11 @@ class compare_with_cpu(TorchDispatchMode):
             self.skipped[name] = str(error).split("\n")[0]
             return returned
         self.compared += 1
-        pairs = zip(_results(args, kwargs, returned, func), _results(cpu_args, cpu_kwargs, expected, func), strict=True)
+        here, there = _results(args, kwargs, returned, func), _results(cpu_args, cpu_kwargs, expected, func)
         rtol = _rtol(name, leaves) if self.rtol is None else self.rtol
-        for (what, actual), (_, wanted) in pairs:
-            words = _mismatch(actual, wanted, rtol)
-            if words is not None:
-                self._stop(name, func, before_args, before_kwargs, f"{what}: {words}", rtol)
+        words = _difference(func, (before_args, before_kwargs), here, there, rtol)
+        if words is not None:
+            self._stop(name, func, before_args, before_kwargs, words, rtol)
         return returned
 
     def _stop(self, name, func, args, kwargs, words, rtol=None):
@@ -255,11 +299,8 @@ def reproduce(path: str | os.PathLike) -> str | None:
     for device in ("flagos", "cpu"):
         args, kwargs = tree_map(_Copier(device), arguments)
         runs.append(_results(args, kwargs, func(*args, **kwargs), func))
-    for (what, actual), (_, wanted) in zip(*runs, strict=True):
-        words = _mismatch(actual, wanted, saved["rtol"])
-        if words is not None:
-            return f"{_name(func)}: {what}: {words}"
-    return None
+    words = _difference(func, arguments, *runs, saved["rtol"])
+    return words and f"{_name(func)}: {words}"
 
 
 class Call(NamedTuple):

@@ -147,27 +147,31 @@ def compiler():
 
 
 def arithmetic():
-    """A few operators on each backend against the CPU, in at most SELF_TEST_SECONDS."""
+    """A few operators on each backend against the CPU; none is begun after SELF_TEST_SECONDS of a backend."""
     import torch
 
     import torch_fl
 
     a = torch.linspace(-1, 1, 64).reshape(8, 8)
     cases = {
-        "mm": lambda x: x @ x,
+        "exp": lambda x: x.exp(),
         "add.Tensor": lambda x: x + x,
         "mul.Tensor": lambda x: x * x,
-        "sum.dim_IntList": lambda x: x.sum(1),
         "_softmax": lambda x: x.softmax(1),
-        "exp": lambda x: x.exp(),
+        "mm": lambda x: x @ x,
+        "sum.dim_IntList": lambda x: x.sum(1),
     }
-    deadline = time.monotonic() + SELF_TEST_SECONDS
+    tuned = {"mm", "sum.dim_IntList"}  # FlagGems would compile dozens of variants of their Python kernels
     lines = []
     for backend in [step.backend for step in torch_fl.explain("mm")]:
-        passed, absent = [], {}
+        passed, absent, late = [], {}, []
+        deadline = time.monotonic() + SELF_TEST_SECONDS
         for op, call in cases.items():
+            if backend == "flagos_python" and op in tuned:
+                continue
             if time.monotonic() > deadline:
-                break
+                late.append(op)
+                continue
             try:
                 with torch_fl.route({op: backend}):
                     difference = (call(a.to("flagos")).cpu() - call(a)).abs().max().item()
@@ -179,7 +183,8 @@ def arithmetic():
             if not difference <= 1e-3:
                 raise RuntimeError(f"{backend}: {op} differs from the CPU by {difference}")
             passed.append(op)
-        lines.append(f"{backend}: {', '.join(passed)} equal the CPU's" if passed else f"{backend}: has none of these")
+        line = f"{backend}: {', '.join(passed)} equal the CPU's" if passed else f"{backend}: has none of these"
+        lines.append(line + (f"; no time was left for {', '.join(late)}" if late else ""))
     return lines
 
 

@@ -24,6 +24,8 @@ Tensor binary_cross_entropy_refused(const Tensor&, const Tensor&, const std::opt
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   AT_FORALL_LOWER_PRECISION_FP(FLAGOS_LOWER_PRECISION)
+  FLAGOS_LOWER_PRECISION(cudnn_convolution)  // torch's macro leaves out what is CUDA's alone
+  FLAGOS_LOWER_PRECISION(cudnn_convolution_transpose)
   AT_FORALL_FP32(FLAGOS_FP32)
   AT_FORALL_FP32_SET_OPT_DTYPE(FLAGOS_FP32_SET_OPT_DTYPE)
   AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE(KERNEL_DIFFERENT_REDISPATCH_SIGNATURE_PRIVATEUSEONE)

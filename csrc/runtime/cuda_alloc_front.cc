@@ -281,6 +281,9 @@ void AllocFront::record_stream(void* ptr, c10::StreamId stream) {
 }
 
 size_t AllocFront::flush_lists(Device& device, Lists& lists) {
+  // A memory profiler has seen these blocks freed when they came to wait, or was not there to see them allocated.
+  const auto watched = c10::ThreadLocalDebugInfo::current();
+  c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(nullptr);
   size_t flushed = 0;
   for (Block*& head : lists.head) {
     while (head != nullptr) {
@@ -293,6 +296,7 @@ size_t AllocFront::flush_lists(Device& device, Lists& lists) {
       flushed++;
     }
   }
+  c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(watched);
   return flushed;
 }
 
@@ -310,13 +314,8 @@ size_t AllocFront::flush_locked(c10::DeviceIndex index) {
 size_t AllocFront::flush(c10::DeviceIndex device) {
   if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return 0;
   end_late();
-  // A memory profiler has seen these blocks freed when they came to wait, or was not there to see them allocated.
-  const auto watched = c10::ThreadLocalDebugInfo::current();
-  c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(nullptr);
   const Guard guard(lock_);
-  const size_t flushed = flush_locked(device);
-  c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(watched);
-  return flushed;
+  return flush_locked(device);
 }
 
 size_t AllocFront::try_flush(c10::DeviceIndex device) {

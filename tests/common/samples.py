@@ -83,7 +83,8 @@ def _copy_layout(tensor, device, memo):
 
 
 def copy_tree(value, device: str, grad: bool = False):
-    """A copy of a nest on `device`. Strings and torch.devices that say "cpu" follow. grad: keep requires_grad."""
+    """A copy of a nest on `device`. Strings and torch.devices that say "cpu" follow, and "cuda", which samples name
+    where torch has it. grad: keep requires_grad."""
     memo: dict = {}
     seen: dict[int, torch.Tensor] = {}
 
@@ -92,7 +93,7 @@ def copy_tree(value, device: str, grad: bool = False):
             if id(leaf) not in seen:
                 seen[id(leaf)] = copy_tensor(leaf, device, memo, grad and leaf.requires_grad)
             return seen[id(leaf)]
-        if isinstance(leaf, torch.device) and leaf.type == "cpu":
+        if isinstance(leaf, torch.device) and leaf.type in ("cpu", "cuda"):
             return torch.device(device)
         if isinstance(leaf, str) and leaf == "cpu":
             return device

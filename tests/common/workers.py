@@ -113,7 +113,9 @@ def run_tasks(
 ) -> None:
     """Feeds tasks to `jobs` workers. on_crash may return what remains of the task; it is run by a fresh worker.
     `timeout` is the longest silence of a worker, in seconds. Callbacks are called one at a time. No task is begun after
-    `end` (time.monotonic); one that has no answer LATE seconds after it is given up, as if it had never begun."""
+    `end` (time.monotonic); one that has no answer LATE seconds after it is given up, as if it had never begun.
+    Strings hash alike in all workers: some samples are made of sets."""
+    env = {**(os.environ if env is None else env), "PYTHONHASHSEED": "0"}
     todo: queue.Queue = queue.Queue()
     for task in tasks:
         todo.put(task)

@@ -1,6 +1,5 @@
 """Every chip: streams and events, their order, their errors. A waiting host function keeps a stream busy."""
 
-import ctypes
 import threading
 import time
 from ctypes import byref, c_float, c_int32, c_void_p
@@ -8,7 +7,6 @@ from ctypes import byref, c_float, c_int32, c_void_p
 import pytest
 from hal_abi import (
     D2D,
-    D2H,
     FAILED_PRECONDITION,
     H2D,
     INVALID_ARGUMENT,
@@ -297,7 +295,7 @@ def test_handles_of_the_wrong_kind(hal, stream, event):
 @pytest.mark.needs("host_func")
 def test_wait_orders_streams(hal, event):
     a, b = hal.stream(), hal.stream()
-    p = hal.alloc(1 << 20)
+    p, q = hal.alloc(1 << 20), hal.alloc(1 << 20)  # not the host's memory: a copy into that may wait for the stream
     hal.do.fill_async(0, p, 0, 1 << 20, None)
     hal.do.stream_sync(0, None)
     gate = Gate(hal, 0, a)
@@ -305,16 +303,16 @@ def test_wait_orders_streams(hal, event):
         hal.do.fill_async(0, p, 0x11, 1 << 20, a)
         hal.do.event_record(0, event, a)
         hal.do.stream_wait_event(0, b, event)
-        out = ctypes.create_string_buffer(1 << 20)
-        hal.do.copy_async(0, ctypes.addressof(out), p, 1 << 20, D2H, b)
+        hal.do.copy_async(0, q, p, 1 << 20, D2D, b)
         assert hal.stream_query(0, b) == NOT_READY
     finally:
         gate.open()
     hal.do.stream_sync(0, b)
-    assert out.raw == b"\x11" * (1 << 20)
+    assert hal.read(q, 1 << 20) == b"\x11" * (1 << 20)
     for s in (a, b):
         hal.do.stream_destroy(0, s)
-    hal.do.free(0, p)
+    for block in (p, q):
+        hal.do.free(0, block)
 
 
 @pytest.mark.needs("host_func")

@@ -287,6 +287,8 @@ def test_record_stream_delays_reuse():
 @cuda
 def test_streams_keep_their_blocks():
     side = torch.flagos.Stream()
+    with torch.flagos.stream(side):  # memory for it: when the native allocator has to get some, the front gives back
+        address_of_freed(9000)
     main_address = address_of_freed(9000)
     with torch.flagos.stream(side):
         side_address = address_of_freed(9000)

@@ -20,6 +20,7 @@ def wrong():
     lib.define("plus(Tensor x, Tensor y, *, bool late=False) -> Tensor")
     lib.define("plus_(Tensor(a!) x, Tensor y) -> Tensor(a!)")
     lib.define("spread(Tensor x) -> Tensor[]")
+    lib.define("total(Tensor x, float off) -> Tensor")
 
     def plus(x, y, late=False):
         z = x + y
@@ -29,6 +30,8 @@ def wrong():
     lib.impl("plus", lambda x, y, late=False: x + y, "CPU")
     lib.impl("plus_", lambda x, y: x.add_(y), "CPU")
     lib.impl("spread", lambda x: [x.clone(), x + 1], "CPU")
+    lib.impl("total", lambda x, off: x.sum(), "CPU")
+    lib.impl("total", lambda x, off: x.sum() + off, "PrivateUse1")
     lib.impl("plus", plus, "PrivateUse1")
     lib.impl("plus_", lambda x, y: x, "PrivateUse1")
     lib.impl("spread", lambda x: [x.clone(), x + 2], "PrivateUse1")
@@ -97,6 +100,17 @@ def test_written_argument_is_compared(wrong, tmp_path, device):
 def test_second_result_is_compared(wrong, tmp_path, device):
     with pytest.raises(debug.Difference, match="result 1: "), debug.compare_with_cpu(folder=tmp_path):
         wrong.spread(torch.zeros(3, device=device))
+
+
+def test_a_sum_that_cancels_agrees(wrong, tmp_path, device):
+    """Of eight thousand numbers of about 1 another order of summation gives another 1e-5; 1e-2 is wrong."""
+    x = torch.randn(4096)
+    x = torch.cat([x, -x]).to(device)
+    with debug.compare_with_cpu(folder=tmp_path) as compared:
+        wrong.total(x, 1e-5)
+    assert compared.compared == 1 and not list(tmp_path.iterdir())
+    with pytest.raises(debug.Difference, match="result 0: 1 of 1"), debug.compare_with_cpu(folder=tmp_path):
+        wrong.total(x, 1e-2)
 
 
 def test_operators_can_be_ignored_and_tolerance_set(wrong, tmp_path, device):

@@ -47,7 +47,8 @@ def test_start_that_fails_is_diagnosed():
     assert checks["start"]["status"] == "failed" and "nochip" in checks["start"]["lines"][0]
     assert checks["devices"]["status"] == checks["arithmetic"]["status"] == "skipped"
     assert checks["versions"]["status"] == checks["chips"]["status"] == "ok"
-    assert checks["environment"]["lines"] == ["FLAGOS_ACCELERATOR=nochip"]
+    ours = [line for line in checks["environment"]["lines"] if line.startswith("FLAGOS_")]  # others are the machine's
+    assert ours == ["FLAGOS_ACCELERATOR=nochip"]
 
 
 def test_import_error_carries_the_same_facts():

@@ -210,9 +210,10 @@ def test_failed_out_keeps_the_tensor_usable(device):
 
 
 def test_unsupported_operator_names_itself(device):
-    with pytest.raises((NotImplementedError, RuntimeError)) as error:
-        torch.ops.aten._cudnn_rnn_flatten_weight([torch.ones(2, device=device)], 1, 1, 0, 1, 1, 1, False, False)
-    assert "_cudnn_rnn_flatten_weight" in str(error.value) and "flagos" in str(error.value), str(error.value)
+    x = torch.ones(1, 1, 2, 2, device=device)
+    with pytest.raises(NotImplementedError) as error:
+        torch.ops.aten._mps_convolution(x, x, None, [0, 0], [1, 1], [1, 1], 1)
+    assert "_mps_convolution" in str(error.value) and "flagos" in str(error.value), str(error.value)
 
 
 def test_exceptions_keep_no_tensors_alive(device):
@@ -280,4 +281,6 @@ def test_plain_import_of_torch_survives_a_bad_setting():
         FLAGOS_ACCELERATOR="nonsense",
     )
     assert result.returncode == 0, result.stderr[-500:]
-    assert "REASON" in result.stdout and "nonsense" in result.stdout
+    # With a GPU the name stays free, so that torch.cuda is as without torch_fl (torch_fl/_unavailable.py).
+    said = "nonsense" if torch.cuda.device_count() == 0 else "Expected one of cpu, cuda"
+    assert "REASON" in result.stdout and said in result.stdout, result.stdout

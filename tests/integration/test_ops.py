@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import torch_fl
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -104,7 +106,9 @@ def test_equals_the_cpu(name, dtype, device):
     with torch.inference_mode():
         expected = CASES[name]("cpu", dtype)
         actual = CASES[name](device, dtype)
-    assert actual.is_flagos and actual.dtype is expected.dtype and actual.stride() == expected.stride()
+    assert actual.is_flagos and actual.dtype is expected.dtype
+    # A GPU's fused attention lays its result out as (batch, sequence, head, number), each of its kernels as it likes.
+    assert actual.stride() == expected.stride() or (name == "sdpa" and torch_fl.chip() != "host")
     torch.testing.assert_close(actual.cpu(), expected)
 
 

@@ -339,7 +339,8 @@ def test_log_names_every_backend_canonically(tmp_path):
         except RuntimeError as error:
             print(str(error).split(chr(10))[0])
     """
-    result = run_python(code, FLAGOS_BACKEND_CONFIG=str(conf), FLAGOS_LOG_DISPATCH="1", FLAGGEMS_DIR=None)
+    without = {"FLAGGEMS_DIR": None, "FLAGOS_DISABLE_FLAGGEMS_PY": "1"}
+    result = run_python(code, FLAGOS_BACKEND_CONFIG=str(conf), FLAGOS_LOG_DISPATCH="1", **without)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "\n[flagos dispatch] mm -> cpu\n" in result.stderr.split("begin")[1]
     assert "flaggems" not in result.stderr

@@ -164,7 +164,7 @@ def side(options, which: str, tasks, environment: dict, end: float) -> tuple[dic
         return {**crash.task, "skip": [*crash.task["skip"], name]}
 
     # What the judge's tuners take is not to be found by a program that tunes.
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "FLAGGEMS_DB_URL": "sqlite://", **environment}
+    environment = {"OMP_NUM_THREADS": "1", "FLAGGEMS_DB_URL": "sqlite://", **environment}
     environment = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
     workers.run_tasks(list(map(str, command)), tasks, done, crashed, options.jobs, options.timeout, environment, end)
     return answers, served

@@ -62,7 +62,9 @@ def test_operator(name, layout, device):
     x = LAYOUTS[layout]()
     expected, actual = OPERATORS[name](x), OPERATORS[name](place(x, device))
     assert actual.is_flagos
-    assert (actual.dtype, actual.shape, actual.stride()) == (expected.dtype, expected.shape, expected.stride())
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    if expected.numel():  # of nothing cuda's own kernels have other strides than the CPU's
+        assert actual.stride() == expected.stride()
     torch.testing.assert_close(actual.cpu(), expected)
 
 

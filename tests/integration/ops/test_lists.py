@@ -91,10 +91,10 @@ def test_optional_lists_in_indexing(device):
 
 def test_tuples_of_results(device):
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    vectors = (lambda t: torch.linalg.eigh(t + t.T), lambda t: torch.linalg.svd(t, full_matrices=False))
     for call in (
+        *vectors,
         lambda t: torch.max(t, 0),
-        lambda t: torch.linalg.eigh(t + t.T),
-        lambda t: torch.linalg.svd(t, full_matrices=False),
         lambda t: torch.unique(t.round(), return_inverse=True, return_counts=True),
         lambda t: torch.frexp(t),
         lambda t: torch.linalg.lu_factor_ex(t),
@@ -109,7 +109,10 @@ def test_tuples_of_results(device):
         assert type(actual) is type(expected) and len(actual) == len(expected)
         for a, e in zip(actual, expected, strict=True):
             assert a.is_flagos
-            torch.testing.assert_close(a.cpu(), e)
+            a = a.cpu()
+            if call in vectors:  # which way they point is the library's choice
+                a, e = a.abs(), e.abs()
+            torch.testing.assert_close(a, e)
 
 
 def test_list_with_one_tensor_elsewhere_is_refused(device):

@@ -70,11 +70,11 @@ def test_equals_the_cpu_s_numbers_on_the_host_chip(name, device):
 @pytest.mark.parametrize("name", DEFAULT_ONLY)
 def test_default_generator_serves_all(name, device):
     results = []
-    for seed in (5, 5, 6):
+    for seed in (5, 5, 6, 7, 8, 9):  # of few possible results two seeds may give the same
         torch.manual_seed(seed)
         results.append(DEFAULT_ONLY[name](device))
     assert torch.equal(results[0], results[1]), "does not follow torch.manual_seed"
-    assert not torch.equal(results[0], results[2]), "does not depend on the seed"
+    assert not all(torch.equal(results[0], result) for result in results[2:]), "does not depend on the seed"
     if torch_fl.chip() == "host":
         torch.manual_seed(5)
         torch.testing.assert_close(results[0].cpu(), DEFAULT_ONLY[name]("cpu"))
