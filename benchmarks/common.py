@@ -134,10 +134,11 @@ class Worker:
     """A process for one device that does what it is asked to: `script --worker --device device arguments`.
 
     It stays between questions, so that two devices can take turns within a second of each other, each in a process of
-    its own. After an error it is gone, and every further answer is that error.
+    its own. After an error it is gone, and every further answer is that error. With `cores`, all workers share that
+    many of the machine's: where others have a part in a machine, its cores are not equally fast.
     """
 
-    def __init__(self, script: str, arguments: list[str], device: str):
+    def __init__(self, script: str, arguments: list[str], device: str, cores: int | None = None):
         environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the same dictionaries, so the same luck with them
         if is_stock(device):
             environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
@@ -147,6 +148,8 @@ class Worker:
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, bufsize=0
         )
+        if cores is not None:  # before it has started its threads
+            os.sched_setaffinity(self.process.pid, sorted(os.sched_getaffinity(0))[-cores:])
 
     def tell(self, do: str, **options) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -201,9 +204,9 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(script: str, arguments: list[str], devices: list[str]):
+def workers(script: str, arguments: list[str], devices: list[str], cores: int | None = None):
     """One worker per device; they start side by side."""
-    made = [Worker(script, arguments, device) for device in devices]
+    made = [Worker(script, arguments, device, cores) for device in devices]
     try:
         yield made
     finally:

@@ -6,9 +6,9 @@
 
 Parts: `decode` decodes eagerly; `graph` replays the decode step as one graph, stock captured by the same code; `train`
 takes AdamW steps and compares the losses of the first ten bit by bit, and peak memory. Each device has a process of its
-own, and they take turns of about a second, so that a pair sees the same machine; only one works at a time. Because a
-process can be lucky for all its life, the pairs are spread over several generations of processes. Figures are medians
-over pairs.
+own, on the same few cores, and they take turns of about half a second, so that a pair sees the same machine; only one
+works at a time. Because a process can be lucky for all its life, the pairs are spread over several generations of
+processes. Figures are medians over pairs, and those of each generation are listed.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def run_generation(options, devices, generation, budget, answers, save) -> None:
     script = str(Path(__file__).resolve())
     parts = [part for part in PARTS if part in options.parts.split(",")]
     each = -(-options.pairs // options.processes)
-    with common.workers(script, ["--size", options.size], devices) as pair:
+    with common.workers(script, ["--size", options.size], devices, cores=4) as pair:
         if "decode" in parts or "graph" in parts:
             answers.starts["decode"].append(common.both(pair, "start_decode", budget, tokens=options.tokens))
         for number, part in enumerate(parts):
@@ -219,7 +219,8 @@ def run_generation(options, devices, generation, budget, answers, save) -> None:
                 answers.starts[part].append(common.both(pair, f"start_{part}", budget))
             share = common.Budget(generation.left() / (len(parts) - number))
             given = {"decode": {"tokens": options.tokens}, "train": {"steps": options.steps}}.get(part, {})
-            answers.pairs[part] += common.alternate(pair, part, each, share, budget, **given)
+            made = common.alternate(pair, part, each, share, budget, **given)
+            answers.pairs[part] += [[one | {"process": pair[0].process.pid} for one in two] for two in made]
             if part == "graph" and answers.roofline is None:
                 answers.roofline = pair[1].ask("roofline", budget)
             save()
@@ -235,6 +236,11 @@ def judge_speeds(pairs, starts=(), name="tokens_per_second") -> dict:
     if complete:
         speeds = [tuple(one[name] for one in pair) for pair in complete]
         result |= {name: common.ratio(speeds), "all": speeds}
+        processes = [pair[0]["process"] for pair in complete]
+        result["generations"] = [
+            common.ratio([s for s, p in zip(speeds, processes, strict=True) if p == process])["ratio"]
+            for process in dict.fromkeys(processes)
+        ]
     named = [pair for pair in [*complete, *common.good(starts)] if "tokens" in pair[0]]
     if named:
         result["tokens_equal"] = all(a["tokens"] == b["tokens"] for a, b in named)
@@ -295,6 +301,7 @@ def show_part(part: str, devices, result) -> None:
                 f"ratio {r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f}, {r['pairs']} pairs)"
             )
     for name in (
+        "generations",
         "tokens_equal",
         "losses_bit_equal",
         "share_of_roofline",
@@ -312,10 +319,10 @@ def main(argv=None) -> int:
     parser.add_argument("--pair", default="cuda,flagos", help="two devices: stock, ours")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--pairs", type=int, default=24, help="pairs of turns per part, over all processes")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs of turns per part, over all processes")
     parser.add_argument("--processes", type=int, default=6, help="generations of processes")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per turn of eager decoding")
-    parser.add_argument("--steps", type=int, default=5, help="training steps per turn")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per turn of eager decoding")
+    parser.add_argument("--steps", type=int, default=3, help="training steps per turn")
     parser.add_argument("--limit", type=float, default=440, help="seconds for everything")
     parser.add_argument("--out", help="folder for qwen3.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
