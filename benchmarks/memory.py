@@ -117,7 +117,7 @@ def main(argv=None) -> int:
         for part in ("train", "churn", "allocate"):
             if part == "allocate":
                 share = common.Budget(budget.left() - 10)
-                pairs = common.alternate(pair, part, options.rounds, share, budget, calls=200)
+                pairs = common.alternate(pair, part, options.rounds, share, budget, calls=2000)
             else:
                 pairs = [common.both(pair, part, budget, steps=options.steps)]
             problems = common.errors(pairs) or ([] if pairs else ["no time left"])
