@@ -236,7 +236,7 @@ def judge_speeds(pairs, starts=(), name="tokens_per_second") -> dict:
     if complete:
         speeds = [tuple(one[name] for one in pair) for pair in complete]
         result |= {name: common.ratio(speeds), "all": speeds}
-        processes = [pair[0]["process"] for pair in complete]
+        processes = [pair[0].get("process") for pair in complete]
         result["generations"] = [
             common.ratio([s for s, p in zip(speeds, processes, strict=True) if p == process])["ratio"]
             for process in dict.fromkeys(processes)

@@ -112,6 +112,20 @@ def test_a_worker_that_fails_or_is_late_is_an_error_from_then_on(script):
         ]
 
 
+def test_generations_are_told_apart():
+    pairs = [[speed("cuda", 10), speed("flagos", value)] for value in (12, 12, 8, 8)]
+    for number, pair in enumerate(pairs):
+        pair[0]["process"] = 100 + number // 2
+    assert qwen3.judge_speeds(pairs)["generations"] == [1.2, 0.8]
+
+
+def test_workers_share_the_cores_they_are_given(script):
+    with common.workers(script, [], ["cpu", "cpu"], cores=1) as pair:
+        assert pair[0].ask("add", common.Budget(120), a=1, b=1)["sum"] == 2
+        first, second = (os.sched_getaffinity(worker.process.pid) for worker in pair)
+    assert len(first) == 1 and first == second
+
+
 def test_no_turn_is_begun_after_its_share(script):
     with common.workers(script, [], ["cpu", "cpu"]) as pair:
         assert common.alternate(pair, "add", 5, common.Budget(0), common.Budget(60), a=1, b=1) == []
