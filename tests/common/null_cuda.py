@@ -98,6 +98,8 @@ def environment(devices: int = 1, **settings) -> dict[str, str]:
         "FLAGOS_ACCELERATOR": "cuda",
         "NULL_CUDA_DEVICES": str(devices),
         "TORCH_CUDNN_V8_API_DISABLED": "1",  # tests/null_cuda/dnn.cc
+        # What it compiles must not lie beside a GPU's kernels, nor theirs be found here: torch keeps both under one name.
+        "USE_PYTORCH_KERNEL_CACHE": "0",
     }
 
 
