@@ -107,7 +107,7 @@ def modes():
 
 
 def failed_recording():
-    """After a recording that could not end work goes where it went before, and cached memory is freed before an error."""
+    """After a recording that could not end work goes where it went before, and an error waits for cached memory."""
     import ctypes
     import os
 
