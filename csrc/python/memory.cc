@@ -1,6 +1,7 @@
 // memory.cc: memory in torch_fl._C: the cache, raw allocations, pinned memory's statistics, snapshots.
 //
 // Statistics of device memory come from torch's own torch._C._accelerator_getDeviceStats.
+#include <ATen/core/CachingHostAllocator.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "csrc/aten/twin.h"
@@ -71,6 +72,11 @@ void bind_memory(py::module_& m) {
   m.def("_raw_delete", [](uintptr_t ptr) { platform().raw_free(reinterpret_cast<void*>(ptr)); }, NoGil());
   m.def("_record_stream", &record_stream);
   m.def("_host_memory_stats", &host_memory_stats);
+  m.def("_end_recording_pinned", [](unsigned long long pool, unsigned long long users_pool) {
+    auto* cuda = at::getHostAllocator(at::kCUDA);
+    cuda->end_allocate_to_pool({pool, users_pool});
+    cuda->release_pool({pool, users_pool});
+  });
   m.def("_host_empty_cache", [] { platform().host_allocator().empty_cache(); }, NoGil());
   m.def("_reset_accumulated_host_memory_stats", [] { platform().host_allocator().reset_accumulated_stats(); }, NoGil());
   m.def("_reset_peak_host_memory_stats", [] { platform().host_allocator().reset_peak_stats(); }, NoGil());

@@ -98,6 +98,8 @@ def environment(devices: int = 1, **settings) -> dict[str, str]:
         "FLAGOS_ACCELERATOR": "cuda",
         "NULL_CUDA_DEVICES": str(devices),
         "TORCH_CUDNN_V8_API_DISABLED": "1",  # tests/null_cuda/dnn.cc
+        # torch keeps what it compiles under names that kernels of a GPU have too: neither may find the other's.
+        "USE_PYTORCH_KERNEL_CACHE": "0",
     }
 
 

@@ -155,7 +155,10 @@ def recurrent_packed(device, kind, bidirectional, dtype):
     return with_backward(layer(packed)[0].data, x, *layer.parameters())
 
 
-@case(["unflattened", "no_grad", "eval", "inference", "cudnn off", "autocast", "empty", "input size", "state size"])
+RECURRENT = ["unflattened", "no_grad", "eval", "inference", "cudnn off", "no tf32", "autocast", "empty"]
+
+
+@case([*RECURRENT, "input size", "state size"])
 def recurrent_with(device, what):
     layer = recurrent_layer(device, "lstm", dropout=0.5)
     x = randn(device, 5, 0 if what == "empty" else 2, 4 if what == "input size" else 3)
@@ -174,6 +177,9 @@ def recurrent_with(device, what):
     if what == "cudnn off":
         with torch.backends.cudnn.flags(enabled=False):
             return layer(x)
+    if what == "no tf32":
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return with_backward(layer(x)[0], x, *layer.parameters())
     if what == "autocast":
         with torch.autocast(device, torch.float16):
             output = layer(x)[0]

@@ -51,7 +51,9 @@ def test_training_step_agrees(device):
         loss.backward()
         optimizer.step()
     assert compared.compared > 30 and loss.item() > 0
-    assert not compared.skipped, compared.skipped
+    # What the CPU has nothing to compare with: batch normalisation's operators that are cuDNN's alone.
+    theirs = {op for op in compared.skipped if op.startswith("cudnn_batch_norm")}
+    assert compared.skipped == dict.fromkeys(theirs, "the CPU has no kernel for it")
 
 
 def test_awkward_arguments_agree(device):

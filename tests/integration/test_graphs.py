@@ -83,6 +83,7 @@ def test_a_forbidden_call_in_a_recording_is_an_error_and_the_device_survives(dev
     x = torch.ones(4, device=device)
     with pytest.raises(RuntimeError, match="capture"), torch.flagos.graph(torch.flagos.CUDAGraph()):
         x.sum().item()
+    assert torch.flagos.current_stream() == torch.flagos.default_stream()
     torch.flagos.synchronize()
     assert (x + 1).sum().item() == 8
 

@@ -106,6 +106,37 @@ def modes():
     torch.flagos.synchronize()
 
 
+def failed_recording():
+    """After a recording that could not end work goes where it went before, and an error waits for cached memory."""
+    import ctypes
+    import os
+
+    import torch
+
+    null = ctypes.CDLL(os.environ["LD_PRELOAD"].split(":")[0])
+    x, pool = torch.ones(4, device="flagos"), torch.flagos.graph_pool_handle()
+    for arguments in ({}, {"pool": pool}, {"stream": torch.flagos.Stream(1)}):
+        for function in (b"cudaStreamBeginCapture", b"cudaStreamEndCapture"):
+            null.null_cuda_fail(function, 901)
+            try:
+                with torch.flagos.graph(torch.flagos.CUDAGraph(), **arguments):
+                    x + 1
+            except RuntimeError as error:
+                assert "null CUDA" in str(error)
+            else:
+                raise AssertionError(f"{function} did not fail")
+            for device in (1, 0):
+                assert torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+            assert torch.flagos.current_device() == 0
+    torch.flagos.empty_cache()
+    limit = (256 << 20) + torch.flagos.memory_reserved()
+    torch.flagos.set_per_process_memory_fraction(limit / torch.flagos.mem_get_info()[1])
+    cached = [torch.empty(40 << 20, dtype=torch.uint8, device="flagos") for _ in range(4)]
+    del cached
+    torch.empty(200 << 20, dtype=torch.uint8, device="flagos")
+    torch.flagos.set_per_process_memory_fraction(1.0)
+
+
 def profiler():
     """CUPTI needs a driver; what is left are the operators, and the events of the profiler without Kineto."""
     import torch
@@ -135,7 +166,7 @@ def legacy_types():
         assert ours(2).storage().type() == f"torch.flagos.{kind}Storage"
 
 
-CHECKS = (properties, random_states, streams, memory, modes, profiler, legacy_types)
+CHECKS = (properties, random_states, streams, memory, modes, failed_recording, profiler, legacy_types)
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,15 @@ size_t bytes_of(int type) {
   return type >= 0 && type < 11 ? of[type] : 4;
 }
 
+// How the recurrent layer of the next call is to be computed.
+thread_local std::string recurrent_how;
+
 int call(const char* name) {
   if (null_cuda::standing_error()) return kExecutionFailed;
   const bool kernel = strstr(name, "Forward") || strstr(name, "Backward") || strstr(name, "CTCLoss_v8") ||
                       !strcmp(name, "cudnnCTCLoss");
-  if (kernel && !strstr(name, "cudnnBackend") && null_cuda::recording()) null_cuda::record(name, nullptr);
+  if (kernel && !strstr(name, "cudnnBackend") && null_cuda::recording())
+    null_cuda::record(name + (strstr(name, "cudnnRNN") ? recurrent_how : ""), nullptr);
   return kSuccess;
 }
 
@@ -209,11 +213,13 @@ NULL_CUDA_API int cudnnGetRNNTempSpaceSizes(void*, void*, int, void*, size_t* wo
 
 // ---- recurrent layers
 
-NULL_CUDA_API int cudnnSetRNNDescriptor_v8(Descriptor* d, int, int mode, int bias, int direction, int, int type, int,
-                                           int, int input, int hidden, int projection, int layers, void*, unsigned) {
+NULL_CUDA_API int cudnnSetRNNDescriptor_v8(Descriptor* d, int algorithm, int mode, int bias, int direction, int,
+                                           int type, int, int math, int input, int hidden, int projection, int layers,
+                                           void*, unsigned) {
   *d = Descriptor{};
   d->type = type, d->mode = mode, d->biases = bias != 0, d->bidirectional = direction;
   d->input = input, d->hidden = hidden, d->projection = projection == hidden ? 0 : projection, d->layers = layers;
+  recurrent_how = " algorithm " + std::to_string(algorithm) + " math " + std::to_string(math);
   return kSuccess;
 }
 NULL_CUDA_API int cudnnGetRNNWeightSpaceSize(void*, const Descriptor* d, size_t* out) {

@@ -3,6 +3,7 @@
 // are logged byte by byte; an address inside a known allocation is written as "offset in it + its size", so that two
 // runs compare.
 #include <elf.h>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -64,25 +65,33 @@ Module* parse(const void* image) {
   return module;
 }
 
-std::string text_of(const void* value, size_t size) {
+// Eight bytes that may be an address; "" when they are none.
+std::string address_text(const void* value) {
+  void* pointer;
+  memcpy(&pointer, value, sizeof pointer);
+  size_t base = 0, bytes = 0;
+  if (!locate(pointer, &base, &bytes)) return "";
   char text[64];
-  if (size == 8) {
-    void* pointer;
-    memcpy(&pointer, value, 8);
-    size_t base = 0, bytes = 0;
-    if (locate(pointer, &base, &bytes)) {
-      if (showing_addresses()) {
-        snprintf(text, sizeof text, " @%zx", reinterpret_cast<size_t>(pointer));
-      } else {
-        snprintf(text, sizeof text, " [%zu of %zu]", base, bytes);
-      }
-      return text;
-    }
+  if (showing_addresses()) {
+    snprintf(text, sizeof text, "@%zx", reinterpret_cast<size_t>(pointer));
+  } else {
+    snprintf(text, sizeof text, "[%zu of %zu]", base, bytes);
   }
+  return text;
+}
+
+// Structures hold addresses too, at multiples of eight bytes.
+std::string text_of(const void* value, size_t size) {
+  const auto* bytes = static_cast<const unsigned char*>(value);
   std::string out = " ";
-  for (size_t i = 0; i < size; ++i) {
-    snprintf(text, sizeof text, "%02x", static_cast<const unsigned char*>(value)[i]);
-    out += text;
+  for (size_t word = 0; word < size; word += 8) {
+    const std::string address = size - word >= 8 ? address_text(bytes + word) : "";
+    out += address;
+    for (size_t i = word; address.empty() && i < std::min(word + 8, size); ++i) {
+      char text[4];
+      snprintf(text, sizeof text, "%02x", bytes[i]);
+      out += text;
+    }
   }
   return out;
 }

@@ -119,10 +119,10 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
-  ENTER(cudaStreamEndCapture);
   Stream* s = real(stream);
   if (!s || !s->capture) return fail(cudaErrorIllegalState);
-  s->capture = cudaStreamCaptureStatusNone;
+  s->capture = cudaStreamCaptureStatusNone;  // also when it fails
+  ENTER(cudaStreamEndCapture);
   *out = reinterpret_cast<cudaGraph_t>(new Graph{s->nodes});
   return cudaSuccess;
 }

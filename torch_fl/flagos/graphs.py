@@ -4,6 +4,8 @@ On an NVIDIA GPU flagos streams and memory are CUDA's own, so torch.cuda's captu
 these functions translate devices and streams and delegate. Chips without graphs refuse in one sentence.
 """
 
+import contextlib
+
 import torch
 
 from torch_fl import _C
@@ -40,13 +42,33 @@ class graph:
 
     def __init__(self, cuda_graph, pool=None, stream=None, capture_error_mode: str = "global"):
         _check_chip("graph")
-        self._graph = torch.cuda.graph(cuda_graph, pool, _cuda_stream(stream), capture_error_mode)
+        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        self._graph = torch.cuda.graph(cuda_graph, self._pool, _cuda_stream(stream), capture_error_mode)
 
     def __enter__(self):
-        self._graph.__enter__()
+        self._before = [torch.cuda.current_stream(self._graph.capture_stream.device), torch.cuda.current_stream()]
+        with self._undone_by_an_error():
+            self._graph.__enter__()
 
     def __exit__(self, *exception):
-        return self._graph.__exit__(*exception)
+        with self._undone_by_an_error():
+            return self._graph.__exit__(*exception)
+
+    @contextlib.contextmanager
+    def _undone_by_an_error(self):
+        """A recording that cannot start or end would leave its stream current and torch's allocators at recording: from
+        then on the one would free no cached memory before it says that there is none, the other reuse no pinned one."""
+        try:
+            yield
+        except BaseException:
+            for stream in self._before:
+                torch.cuda.set_stream(stream)
+            with contextlib.suppress(RuntimeError):  # it had not come that far, or further
+                torch._C._cuda_endAllocateToPool(self._graph.capture_stream.device_index, self._pool)
+                torch._C._cuda_releasePool(self._graph.capture_stream.device_index, self._pool)
+            with contextlib.suppress(RuntimeError):
+                _C._end_recording_pinned(*self._pool)
+            raise
 
 
 def graph_pool_handle():
