@@ -187,7 +187,6 @@ def sweep(options, write) -> dict:
 
     judge_cases.make_index(options.work, "", feed)
     feed([{"op": op, "skip": []} for op in wanted], done, crashed)
-    write(result())
     return result()
 
 
@@ -273,6 +272,7 @@ def main() -> int:
             options.json.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
 
     result = sweep(options, write)
+    write(result)
     print({key: value for key, value in result.items() if key != "by operator"})
     return bool(result["failures"]) or not result["replays compared"]
 

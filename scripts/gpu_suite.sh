@@ -12,8 +12,7 @@
 # Without any: timing tests+hal opdb. `name:SECONDS` bounds a stage; SUITE_LIMIT bounds all together. A stage that fails
 # or is cut off never stops the next one, and leaves its JSON with what it has. JUDGE_WORK: the judge's folder, which
 # may hold outcomes of an earlier call, wherever that ran (default: in TMPDIR). JOBS: processes of stages that use many
-# (default: the cores less two, shared by what runs side by side). TESTS and HAL_TESTS: what tests
-# and hal run.
+# (default: the cores less two, shared by what runs side by side). TESTS and HAL_TESTS: what tests and hal run.
 #
 # A GPU for half an hour, in calls of ten minutes, with 16 cores:
 #     SUITE_LIMIT=570 scripts/gpu_suite.sh OUT timing          # dispatch, threads, memory, import, Qwen3

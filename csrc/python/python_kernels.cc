@@ -128,12 +128,13 @@ bool is_default(const c10::IValue& value, const c10::Argument& argument) {
 bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   if (C10_LIKELY(!limits.any)) return true;
   bool good = true;
-  const size_t n = op.schema().arguments().size();
+  const auto& arguments = op.schema().arguments();
+  const size_t n = arguments.size();
   at::Tensor first;
   bool one = true;  // tensor at most
   for (size_t i = stack.size() - n; i < stack.size(); ++i) {
     const size_t position = i + n - stack.size();
-    const auto& argument = op.schema().arguments()[position];
+    const auto& argument = arguments[position];
     if (stack[i].isInt() && is_dtype(argument)) {
       good &= (limits.dtypes >> static_cast<unsigned>(stack[i].toInt()) & 1) != 0;
     }
