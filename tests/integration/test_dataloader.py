@@ -99,6 +99,9 @@ def _in_use():
     gc.collect()
     for worker in multiprocessing.active_children():  # the loader waits for their end, but not for ever
         worker.join(20)
+    for thread in threading.enumerate():  # a closed queue tells the thread that fed it to end, and does not wait
+        if thread.name.startswith("QueueFeeder"):
+            thread.join(20)
     torch.flagos.synchronize()
     torch.flagos.empty_cache()
     torch_fl._C._host_empty_cache()  # what is cached depends on how far the loader was ahead
