@@ -59,8 +59,8 @@ bool shared(const at::Tensor& t) {
 
 // Aliases of this thread that no call uses.
 struct AliasPool {
-  static constexpr int kCapacity = 64;
-  AliasImpl* item[kCapacity];
+  static constexpr int kCapacity = 2048;  // an optimizer's operators take all of a model's parameters at once
+  const std::unique_ptr<AliasImpl*[]> item{new AliasImpl*[kCapacity]};  // thread-locals of a library have little room
   int size = 0;
   bool closed = false;  // the thread is ending, and its later calls must not refill what nobody will empty
   SharedLastOps last_ops;

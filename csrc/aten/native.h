@@ -17,6 +17,7 @@ struct Native {
   bool entry = false;                        // Platform::enter_native must run before a kernel
   mutable std::atomic<bool> started{false};  // Platform::start has run
   c10::DeviceType type = c10::DeviceType::CPU;
+  c10::Device any_device{c10::DeviceType::CPU};  // of that type, without an index
   c10::BackendComponent backend = c10::BackendComponent::CPUBit;
   c10::DispatchKeySet dense;  // what Op::redispatch gets
   uint64_t flagos_bits = 0;   // the bits of a key set that say flagos ...
@@ -30,7 +31,7 @@ struct Native {
     return c10::DispatchKeySet(c10::DispatchKeySet::RAW, (keys.raw_repr() & ~flagos_bits) | native_bits);
   }
   c10::Device device(c10::DeviceIndex index) const {
-    return type == c10::DeviceType::CPU ? c10::Device(type) : c10::Device(type, index);
+    return device_at(any_device, type == c10::DeviceType::CPU ? c10::DeviceIndex{-1} : index);
   }
 };
 

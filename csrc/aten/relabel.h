@@ -56,6 +56,7 @@ template <>
 struct Arg<at::TensorList> {
   size_t begin = 0, n;
   Arg(Call& call, at::TensorList list, bool write) : n(list.size()) {
+    call.expect(n);
     for (size_t i = 0; i < n; ++i) {
       const auto position = call.add(list[i], write, /*list=*/true);
       if (i == 0) begin = position;

@@ -18,6 +18,7 @@ void set_native(const Platform& platform) {
   const auto type = platform.native_type();
   if (!type) return;
   native.type = *type;
+  native.any_device = c10::Device(*type);
   native.backend =
       c10::toBackendComponent(*type == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
   native.dense = c10::DispatchKeySet(native.key(c10::DispatchKey::Dense));

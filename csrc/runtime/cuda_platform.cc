@@ -24,7 +24,7 @@ namespace {
 
 namespace cache = c10::cuda::CUDACachingAllocator;
 
-c10::Device cuda_device(c10::DeviceIndex index) { return c10::Device(c10::kCUDA, index); }
+c10::Device cuda_device(c10::DeviceIndex index) { return device_at(c10::Device(c10::kCUDA), index); }
 c10::Stream to_cuda(c10::Stream s) {
   TORCH_CHECK(s.device_type() == kFlagos, "Expected a 'flagos' stream but found one of '", s.device(), "'");
   return c10::Stream(c10::Stream::UNSAFE, cuda_device(s.device_index()), s.id());
@@ -92,6 +92,11 @@ class CudaPlatform final : public Platform {
     check_fork();
     guard_.setDevice(cuda_device(index));
   }
+  c10::DeviceIndex exchange_device(c10::DeviceIndex index) override {
+    check_fork();
+    return c10::cuda::ExchangeDevice(index);
+  }
+  void return_to_device(c10::DeviceIndex index) override { C10_CUDA_CHECK(c10::cuda::MaybeSetDevice(index)); }
   bool has_primary_context(c10::DeviceIndex index) const override { return hooks().hasPrimaryContext(index); }
   void device_info(c10::DeviceIndex index, flagos_device_info* info) const override;
   std::pair<size_t, size_t> mem_info(c10::DeviceIndex index) const override {
@@ -112,7 +117,7 @@ class CudaPlatform final : public Platform {
 
   // ---- streams and events
   c10::Stream current_stream(c10::DeviceIndex index) const override {
-    return to_flagos(guard_.getStream(cuda_device(index)));
+    return c10::Stream(c10::Stream::UNSAFE, flagos_device(index), c10::cuda::getCurrentCUDAStream(index).id());
   }
   c10::Stream default_stream(c10::DeviceIndex index) const override {
     return to_flagos(guard_.getDefaultStream(cuda_device(index)));

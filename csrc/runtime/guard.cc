@@ -16,15 +16,12 @@ struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
   void setDevice(c10::Device device) const override { exchangeDevice(device); }
   c10::Device exchangeDevice(c10::Device device) const override {
     TORCH_CHECK(device.type() == kFlagos, "Expected a flagos device, but got ", device);
-    Platform& p = platform();
-    const auto previous = p.current_device();
-    if (device.index() != previous) p.set_device(checked_index(device.index()));
-    return flagos_device(previous);
+    return flagos_device(platform().exchange_device(checked_index(device.index())));
   }
   void uncheckedSetDevice(c10::Device device) const noexcept override {
     if (device.index() < 0 || device.index() >= deviceCount()) return;
     try {
-      platform().set_device(device.index());
+      platform().return_to_device(device.index());
     } catch (const c10::Error& e) {
       TORCH_WARN("flagos: could not go back to ", device, ": ", e.what_without_backtrace());
     }

@@ -23,7 +23,12 @@
 namespace flagos {
 
 constexpr auto kFlagos = c10::DeviceType::PrivateUse1;
-inline c10::Device flagos_device(c10::DeviceIndex index) { return c10::Device(kFlagos, index); }
+// The constructor of c10::Device checks its index, which costs as much as looking a tensor's memory up.
+inline c10::Device device_at(c10::Device device, c10::DeviceIndex index) {
+  device.set_index(index);
+  return device;
+}
+inline c10::Device flagos_device(c10::DeviceIndex index) { return device_at(c10::Device(kFlagos), index); }
 
 // One segment of device memory and its blocks in address order, for memory snapshots. c10's own types for this move
 // between releases.
@@ -56,6 +61,14 @@ class Platform {
   virtual c10::DeviceIndex device_count() const noexcept = 0;  // creates no context, never throws
   virtual c10::DeviceIndex current_device() const = 0;
   virtual void set_device(c10::DeviceIndex index) = 0;
+  // What guards do around every node of a backward pass: changes to a device and returns the one before, and goes back
+  // to that one, which a chip may put off until the device is used.
+  virtual c10::DeviceIndex exchange_device(c10::DeviceIndex index) {
+    const auto previous = current_device();
+    if (index != previous) set_device(index);
+    return previous;
+  }
+  virtual void return_to_device(c10::DeviceIndex index) { set_device(index); }
   virtual bool has_primary_context(c10::DeviceIndex index) const = 0;
   virtual void device_info(c10::DeviceIndex index, flagos_device_info* info) const = 0;
   virtual std::pair<size_t, size_t> mem_info(c10::DeviceIndex index) const = 0;  // free, total bytes
