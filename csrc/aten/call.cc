@@ -133,26 +133,24 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
   const auto index = impl->device().index();
   note(index);
   flagos_tensor_ = true;
-  Origin origin;
-  origin.tensor = &t;
-  origin.write = write;
   if (C10_UNLIKELY(impl->key_set().has_any(kOtherLayouts))) {
+    Origin origin;
+    origin.tensor = &t;
+    origin.write = write;
     auto alias = alias_layout(t, write, origin);  // may add members before it
     alias_.push_back(std::move(alias));
     origin_.push_back(origin);
     return alias_.size() - 1;
   }
-  origin.storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  TORCH_CHECK(origin.storage != nullptr, "flagos: tensor of type ", t.toString(), " has no storage");
-  origin.twin = twin_of(origin.storage);
-  origin.data = origin.twin->_mutable_data_ptr_no_checks().get();
-  origin.nbytes = origin.twin->nbytes();
-  origin.pooled = true;
-  if (C10_UNLIKELY(origin.nbytes == 0) && impl->numel() > 0) released_ = &t;
+  auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  TORCH_CHECK(storage != nullptr, "flagos: tensor of type ", t.toString(), " has no storage");
+  auto* twin = twin_of(storage);
+  const size_t nbytes = twin->nbytes();
+  if (C10_UNLIKELY(nbytes == 0) && impl->numel() > 0) released_ = &t;
   auto alias = pool_.take();
-  alias->bind(impl, origin.twin, index);
+  alias->bind(impl, twin, index);
   alias_.emplace_back(std::move(alias));
-  origin_.push_back(origin);
+  origin_.push_back({&t, storage, twin, twin->_mutable_data_ptr_no_checks().get(), nbytes, write, /*pooled=*/true});
   return position;
 }
 

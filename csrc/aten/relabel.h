@@ -14,6 +14,7 @@
 
 #include "csrc/aten/call.h"
 #include "csrc/aten/interop.h"
+#include "csrc/aten/schema.h"
 
 namespace flagos {
 
@@ -219,15 +220,16 @@ struct Relabel;
 
 template <class Op, class Inner, class R, class... A>
 struct Relabel<Op, Inner, R(A...)> {
-  // An operator that returns nothing, or its const argument (resize_), writes to arguments whose type does not say so.
-  static constexpr bool kWritesConst = std::is_void_v<R> || std::is_same_v<R, const at::Tensor&>;
-  static constexpr bool kWrites = kWritesConst || (std::is_same_v<A, at::Tensor&> || ...);
+  // The types do not say it: lists that foreach operators write to, and the argument of resize_, are const.
+  static constexpr auto kWritten = written_arguments<sizeof...(A)>(Op::schema_str);
+  static_assert(kWritten.count == sizeof...(A));
   static constexpr bool kMixedAllowed = mixed_devices_allowed<Op>();  // a constant, or the names are compared per call
 
   static R call(A... a) {
     BelowAutograd below(/*count_versions=*/std::is_void_v<R>);
     Call call;
-    std::tuple<Arg<A>...> args{Arg<A>(call, a, kWritesConst)...};
+    size_t position = 0;
+    std::tuple<Arg<A>...> args{Arg<A>(call, a, kWritten.written[position++])...};
     call.enter(Op::name, kMixedAllowed);
     auto run = [&](auto&... arg) -> R {
       try {
@@ -246,7 +248,7 @@ struct Relabel<Op, Inner, R(A...)> {
       return Returns<R>::map(call, returned, args);
     } else {
       R result = std::apply(run, args);
-      if constexpr (kWrites) call.write_back();
+      if constexpr (kWritten.any) call.write_back();
       return Returns<R>::map(call, std::move(result), args);
     }
   }

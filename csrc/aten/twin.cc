@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "csrc/aten/native.h"
+#include "csrc/runtime/free_list.h"
 
 namespace flagos {
 
@@ -35,6 +36,15 @@ void set_native(const Platform& platform) {
 }
 
 namespace {
+
+// A StorageImpl whose memory does not come from malloc, which is slow for what one thread takes and another frees.
+struct FlagosStorage final : c10::StorageImpl {
+  using StorageImpl::StorageImpl;
+  using Memory = FreeList<FlagosStorage, sizeof(c10::StorageImpl)>;
+  static void* operator new(size_t) { return Memory::take(); }
+  static void operator delete(void* piece) noexcept { Memory::give(piece); }
+};
+static_assert(sizeof(FlagosStorage) == sizeof(c10::StorageImpl));
 
 void drop_twin(void* context) { c10::raw::intrusive_ptr::decref(static_cast<c10::StorageImpl*>(context)); }
 
@@ -71,8 +81,8 @@ c10::DataPtr label_twin(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIn
 c10::intrusive_ptr<c10::StorageImpl> flagos_storage(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIndex index) {
   const auto nbytes = twin->nbytes();
   const auto resizable = twin->resizable();
-  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), nbytes,
-                                               label_twin(std::move(twin), index), flagos_allocator(), resizable);
+  return c10::make_intrusive<FlagosStorage>(c10::StorageImpl::use_byte_size_t(), nbytes,
+                                            label_twin(std::move(twin), index), flagos_allocator(), resizable);
 }
 
 c10::StorageImpl* twin_of(c10::StorageImpl* storage) {

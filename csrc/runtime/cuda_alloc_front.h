@@ -31,10 +31,10 @@ namespace flagos {
 class AllocFront {
  public:
   using DeviceStats = c10::CachingDeviceAllocator::DeviceStats;
-  static constexpr size_t kStep = 512;                        // the native allocator's unit: classes are exact
-  static constexpr size_t kLargest = size_t{1} << 20;         // the native allocator's small pool ends here
-  static constexpr int64_t kMostWaiting = int64_t{1} << 30;   // bytes per device
-  static constexpr size_t kMostStreams = 16;                  // per device; the one not used for longest makes way
+  static constexpr size_t kStep = 512;                       // the native allocator's unit: classes are exact
+  static constexpr size_t kLargest = size_t{1} << 20;        // the native allocator's small pool ends here
+  static constexpr int64_t kMostWaiting = int64_t{1} << 30;  // bytes per device
+  static constexpr size_t kMostStreams = 16;                 // per device; the one not used for longest makes way
 
   // The allocator behind the front.
   struct Native {

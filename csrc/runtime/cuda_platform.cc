@@ -86,7 +86,7 @@ class CudaPlatform final : public Platform {
   c10::DeviceIndex device_count() const noexcept override { return c10::cuda::device_count(); }
   c10::DeviceIndex current_device() const override {
     check_fork();
-    return c10::cuda::current_device();
+    return one_device_ ? c10::DeviceIndex{0} : c10::cuda::current_device();
   }
   void set_device(c10::DeviceIndex index) override {
     check_fork();
@@ -94,9 +94,11 @@ class CudaPlatform final : public Platform {
   }
   c10::DeviceIndex exchange_device(c10::DeviceIndex index) override {
     check_fork();
-    return c10::cuda::ExchangeDevice(index);
+    return one_device_ ? c10::DeviceIndex{0} : c10::cuda::ExchangeDevice(index);
   }
-  void return_to_device(c10::DeviceIndex index) override { C10_CUDA_CHECK(c10::cuda::MaybeSetDevice(index)); }
+  void return_to_device(c10::DeviceIndex index) override {
+    if (!one_device_) C10_CUDA_CHECK(c10::cuda::MaybeSetDevice(index));
+  }
   bool has_primary_context(c10::DeviceIndex index) const override { return hooks().hasPrimaryContext(index); }
   void device_info(c10::DeviceIndex index, flagos_device_info* info) const override;
   std::pair<size_t, size_t> mem_info(c10::DeviceIndex index) const override {
@@ -212,6 +214,7 @@ class CudaPlatform final : public Platform {
     return at::globalContext().getAcceleratorHooksInterface(c10::kCUDA);
   }
 
+  const bool one_device_ = c10::cuda::device_count() == 1;  // the driver, which takes its time, need not be asked
   c10::cuda::impl::CUDAGuardImpl guard_;
   CudaHostAllocator* const host_allocator_ = new CudaHostAllocator();  // never destroyed: tensors may outlive statics
 };

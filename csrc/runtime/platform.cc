@@ -10,33 +10,25 @@
 #include "csrc/runtime/registrations.h"
 
 namespace flagos {
-namespace {
 
-std::atomic<Platform*> g_platform{nullptr};
-
-}  // namespace
-
+std::atomic<Platform*> the_platform{nullptr};
+c10::DeviceIndex platform_devices = 0;
 __thread c10::DeviceIndex native_call_device = -1;
 bool g_in_bad_fork = false;
 
 void set_platform(Platform* platform) {
   Platform* expected = nullptr;
   TORCH_CHECK(platform != nullptr, "flagos: set_platform(nullptr)");
-  TORCH_CHECK(g_platform.compare_exchange_strong(expected, platform), "flagos: the chip is already '",
+  TORCH_CHECK(the_platform.compare_exchange_strong(expected, platform), "flagos: the chip is already '",
               expected ? expected->chip() : "", "'; it is chosen once per process (FLAGOS_ACCELERATOR)");
+  platform_devices = platform->device_count();
   register_hooks();
   register_profiler();
 }
 
-Platform& platform() {
-  Platform* p = g_platform.load(std::memory_order_acquire);
-  TORCH_CHECK(C10_LIKELY(p != nullptr), "flagos: no chip has been opened; 'import torch_fl' does it");
-  return *p;
-}
+void throw_no_platform() { TORCH_CHECK(false, "flagos: no chip has been opened; 'import torch_fl' does it"); }
 
-bool has_platform() noexcept { return g_platform.load(std::memory_order_acquire) != nullptr; }
-
-c10::DeviceIndex checked_index(int64_t index) {
+c10::DeviceIndex check_index(int64_t index) {
   const Platform& p = platform();
   if (index == -1) return p.current_device();
   const int count = p.device_count();

@@ -12,6 +12,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -139,8 +140,14 @@ class Platform {
 
 // The process's platform. set_platform may be called once; platform() throws one clear line before that.
 void set_platform(Platform* platform);
-Platform& platform();
-bool has_platform() noexcept;
+extern std::atomic<Platform*> the_platform;
+[[noreturn]] void throw_no_platform();
+inline bool has_platform() noexcept { return the_platform.load(std::memory_order_acquire) != nullptr; }
+inline Platform& platform() {
+  Platform* p = the_platform.load(std::memory_order_acquire);
+  if (C10_UNLIKELY(p == nullptr)) throw_no_platform();
+  return *p;
+}
 
 // Makes the platform of a HAL chip (every chip except CUDA). Owned by the process.
 Platform* make_hal_platform(const flagos_hal* hal);
@@ -149,7 +156,12 @@ Platform* make_hal_platform(const flagos_hal* hal);
 using MakePlatformFn = Platform* (*)();
 
 // Checks a device index and returns it as is; -1 means the current device. The error names the count.
-c10::DeviceIndex checked_index(int64_t index);
+c10::DeviceIndex check_index(int64_t index);
+extern c10::DeviceIndex platform_devices;  // 0 before set_platform
+inline c10::DeviceIndex checked_index(int64_t index) {
+  if (C10_LIKELY(index >= 0 && index < platform_devices)) return static_cast<c10::DeviceIndex>(index);
+  return check_index(index);
+}
 
 // The device on which the calling thread runs a native kernel, -1 outside one. Native allocators that must put a
 // kernel's results into device memory (the host chip) read it. A plain __thread with a fixed offset: ordinary CPU
