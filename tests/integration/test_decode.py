@@ -86,7 +86,7 @@ def test_refuses_a_window_shorter_than_the_text():
     config = MistralConfig(**shape, num_attention_heads=2, num_key_value_heads=1, sliding_window=24)
     model = MistralForCausalLM(config).to("flagos")
     torch.flagos.graph_decode(model, 24)
-    with pytest.raises(ValueError, match="needs layers that keep all of 32 tokens, one of this model keeps 24"):
+    with pytest.raises(ValueError, match="needs layers that keep all of 25 tokens, one of this model keeps 24"):
         torch.flagos.graph_decode(model, 25)
 
 
@@ -218,7 +218,7 @@ def test_the_model_is_left_as_it_was(device):
 # Of a Qwen3 layer: 8 for its four norms, 7 matrix products, 10 for rotary positions, 2 into the cache, attention,
 # SiLU and its product, and 2 additions. Once for all layers: choosing and writing the token, the embedding, the tables
 # of the rotary positions, the mask, the last norm and the logits.
-LAUNCHES_OF_A_LAYER, LAUNCHES_ONCE = 32, 24
+LAUNCHES_OF_A_LAYER, LAUNCHES_ONCE = 32, 20
 
 STEP = """
 import json, sys, torch

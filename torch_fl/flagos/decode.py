@@ -55,9 +55,8 @@ class GraphedDecoder:
         self.uses_graph = self._capture is not None and graph is not False
         self._tokens = torch.zeros((batch, max_length), dtype=torch.long, device=self.device)
         self._position = torch.zeros((1,), dtype=torch.long, device=self.device)
-        slots = -(-max_length // 8) * 8  # a mask whose rows are not aligned is copied in every layer
-        self._slots = torch.arange(slots, device=self.device)
-        self._cache = _cache(model.config, slots, self._position)
+        self._slots = torch.arange(max_length, device=self.device)
+        self._cache = _cache(model.config, max_length, self._position)
         self._norms = _fused_norms(model) if fuse_norms else []
         self.fused_norms = len(self._norms)
         self._graph = None
@@ -80,9 +79,10 @@ class GraphedDecoder:
     def _mask(self) -> torch.Tensor:
         """What one new token may see, made on the device: transformers would look at the position on the host.
 
-        To be added, in the dtype of the scores: torch would make this of truth values, in every layer again."""
-        later = self._slots > self._position
-        return torch.zeros_like(later, dtype=self.model.dtype).masked_fill_(later, -torch.inf).view(1, 1, 1, -1)
+        To be added, in the dtype of the scores, and in rows of whole eights: torch would make this of other masks, in
+        every layer again."""
+        rows = torch.zeros(1, 1, 1, -(-self.max_length // 8) * 8, dtype=self.model.dtype, device=self.device)
+        return rows[..., : self.max_length].masked_fill_(self._slots > self._position, -torch.inf)
 
     @torch.no_grad()
     def prefill(self, ids: torch.Tensor) -> None:
@@ -148,15 +148,15 @@ class GraphedDecoder:
 # ---- the step in fewer kernels -------------------------------------------------------------------------------------
 
 
-def _cache(config, slots: int, position: torch.Tensor):
+def _cache(config, length: int, position: torch.Tensor):
     """A static cache whose layers write one new token at `position`; those of transformers count each for itself."""
     from transformers import StaticCache
     from transformers.cache_utils import Cache, StaticLayer
 
-    layers = StaticCache(config=config, max_cache_len=slots).layers
+    layers = StaticCache(config=config, max_cache_len=length).layers
     room = min(getattr(layer, "max_cache_len", 0) for layer in layers)
-    if room < slots:
-        raise ValueError(f"graph_decode: needs layers that keep all of {slots} tokens, one of this model keeps {room}")
+    if room < length:
+        raise ValueError(f"graph_decode: needs layers that keep all of {length} tokens, one of this model keeps {room}")
 
     class Layer(StaticLayer):
         def update(self, key_states, value_states, *args, **kwargs):
@@ -166,7 +166,7 @@ def _cache(config, slots: int, position: torch.Tensor):
             self.values.index_copy_(2, position, value_states)
             return self.keys, self.values
 
-    return Cache(layers=[Layer(max_cache_len=slots) for _ in layers])
+    return Cache(layers=[Layer(max_cache_len=length) for _ in layers])
 
 
 def one_query_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
