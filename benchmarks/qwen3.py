@@ -4,7 +4,8 @@
     python benchmarks/qwen3.py --out benchmarks/results                    # cuda against flagos on a GPU
     python benchmarks/qwen3.py --size small --pair cpu,flagos --limit 120  # tries it on a machine without one
 
-Parts: `decode` decodes eagerly; `graph` replays the decode step as one graph, stock captured by the same code; `train`
+Parts: `decode` decodes eagerly; `graph` replays the decode step as one graph, stock captured by the same code, and says
+how many leading tokens are those of eager decoding on the same device, since the recorded step fuses norms; `train`
 takes AdamW steps and compares the losses of the first ten bit by bit, and peak memory. Each device has a process of its
 own, on the same few cores, and they take turns of about half a second, so that a pair sees the same machine; only one
 works at a time. Because a process can be lucky for all its life, the pairs are spread over several generations of
@@ -109,6 +110,11 @@ def decoder_source():
     return module
 
 
+def common_start(a: list, b: list) -> int:
+    """How many leading items of two lists of one length agree."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
 def bandwidth(device: str, nbytes: int) -> float:
     """Bytes per second, read and written, of the best of ten device copies."""
     source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -142,13 +148,18 @@ class Work:
         speed, chosen = self.eager.round(tokens)
         return {"tokens_per_second": speed, "tokens": chosen}
 
-    def start_graph(self):
+    def start_graph(self, compare):
+        """Records; `compare`: decodes the same eagerly, which takes a while, to say how many leading tokens agree."""
         length = 256 if self.full else PROMPT + 16
         self.steps = length - PROMPT - 2
         self.decoder = decoder_source().graph_decode(self.model, max_length=length)
         text = self.decoder.generate(self.eager.prompt, self.steps)[0].tolist()
         self.graph()
-        return {"tokens": text, "graph": self.decoder.uses_graph}
+        made = {"tokens": text, "graph": self.decoder.uses_graph, "fused_norms": self.decoder.fused_norms}
+        if compare:
+            eager = self.eager.round(self.steps - 1)[1]
+            made["as_eager"] = common_start(text[PROMPT:], eager)
+        return made
 
     def graph(self):
         self.decoder.prefill(self.eager.prompt)
@@ -216,7 +227,8 @@ def run_generation(options, devices, generation, budget, answers, save) -> None:
             answers.starts["decode"].append(common.both(pair, "start_decode", budget, tokens=options.tokens))
         for number, part in enumerate(parts):
             if part != "decode":
-                answers.starts[part].append(common.both(pair, f"start_{part}", budget))
+                given = {"compare": not answers.starts[part]} if part == "graph" else {}
+                answers.starts[part].append(common.both(pair, f"start_{part}", budget, **given))
             share = common.Budget(generation.left() / (len(parts) - number))
             given = {"decode": {"tokens": options.tokens}, "train": {"steps": options.steps}}.get(part, {})
             made = common.alternate(pair, part, each, share, budget, **given)
@@ -248,10 +260,15 @@ def judge_speeds(pairs, starts=(), name="tokens_per_second") -> dict:
 
 
 def judge_graph(pairs, starts, roofline, decode) -> dict:
-    """Of graph-captured decoding: also how it compares with eager decoding and with reading every weight."""
+    """Of graph-captured decoding: also what was captured, whether it chooses the tokens of eager decoding on the same
+    device, and how its speed compares with that and with reading every weight."""
     result = judge_speeds(pairs, starts)
     if common.good(starts):
-        result["graph"] = [one["graph"] for one in common.good(starts)[0]]
+        first = common.good(starts)[0]
+        result |= {name: [one[name] for one in first] for name in ("graph", "fused_norms")}
+        if all("as_eager" in one for one in first):
+            result["leading_tokens_as_eager"] = [one["as_eager"] for one in first]
+            result["tokens_compared"] = len(first[0]["tokens"]) - PROMPT
     speed = result.get("tokens_per_second")
     if speed and "tokens_per_second" in decode:
         result["times_eager"] = round(speed["second"] / decode["tokens_per_second"]["second"], 2)
@@ -307,6 +324,9 @@ def show_part(part: str, devices, result) -> None:
         "share_of_roofline",
         "times_eager",
         "graph",
+        "fused_norms",
+        "leading_tokens_as_eager",
+        "tokens_compared",
         "peak_allocated",
         "peak_reserved",
     ):

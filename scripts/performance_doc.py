@@ -84,6 +84,10 @@ def qwen3(data) -> list[str]:
         if "share_of_roofline" in result:
             share, top = 100 * result["share_of_roofline"], result["roofline_tokens_per_second"]
             notes.append(f"{part}: {share:.0f} % of the memory roofline ({top:.0f} tokens/s at the measured bandwidth)")
+        if "leading_tokens_as_eager" in result:
+            counts = zip(data["pair"], result["leading_tokens_as_eager"], strict=True)
+            same = ", ".join(f"{device} {count}" for device, count in counts)
+            notes.append(f"{part}: leading tokens that eager decoding chooses, of {result['tokens_compared']}: {same}")
         if "times_eager" in result:
             notes.append(f"{part}: {result['times_eager']} times eager decoding")
         for name in ("peak_allocated", "peak_reserved"):

@@ -1,4 +1,4 @@
-"""Graphs: recorded flagos work replays the same numbers, in training too; graph_decode generates what generate does."""
+"""Graphs: recorded flagos work replays the same numbers, in training too."""
 
 import pytest
 import torch
@@ -160,46 +160,3 @@ def test_chips_without_graphs_say_so():
     ):
         with pytest.raises(RuntimeError, match=f"the chip {torch_fl.chip()} records no graphs"):
             use()
-
-
-# ---- graph_decode --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model():
-    pytest.importorskip("transformers", reason="transformers is not installed (requirements/demo.txt)")
-    from torch_fl.demo import workload
-
-    config = workload.small_config(hidden_size=96, intermediate_size=256, num_hidden_layers=2)
-    return workload.build_model(config).to("flagos")
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_graph_decode_equals_generate(model, device, batch):
-    decoder = torch.flagos.graph_decode(model, max_length=48, batch=batch)
-    assert decoder.uses_graph == (torch_fl.chip() == "cuda")
-    for length in (5, 9):  # the second prompt reuses the recording
-        ids = torch.randint(0, 256, (batch, length)).to(device)
-        expected = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
-        )
-        assert torch.equal(decoder.generate(ids, 20), expected)
-
-
-@cuda
-def test_graph_decode_equals_its_eager_step(model, device):
-    ids = torch.randint(0, 256, (1, 7)).to(device)
-    results = [torch.flagos.graph_decode(model, 64, graph=graph).generate(ids, 40) for graph in (True, False)]
-    assert torch.equal(*results)
-
-
-def test_graph_decode_refuses_what_does_not_fit(model, device):
-    decoder = torch.flagos.graph_decode(model, 16, graph=False)
-    ids = torch.zeros((1, 10), dtype=torch.long, device=device)
-    with pytest.raises(ValueError, match="10 prompt tokens and 7 new ones do not fit max_length 16"):
-        decoder.generate(ids, 7)
-    with pytest.raises(ValueError, match=r"expected prompts of shape \(1, length\), got \(2, 10\)"):
-        decoder.prefill(ids.expand(2, 10))
-    if torch_fl.chip() != "cuda":
-        with pytest.raises(RuntimeError, match="records no graphs"):
-            torch.flagos.graph_decode(model, 16, graph=True)

@@ -46,12 +46,14 @@ def test_other_losses_are_seen():
 
 
 def test_graphs_are_compared_with_eager_decoding_and_with_the_roofline():
-    starts = [[{"tokens": [1], "graph": True}, {"tokens": [1], "graph": True}]]
+    start = {"tokens": [1] * (qwen3.PROMPT + 8), "graph": True, "fused_norms": 9}
+    starts = [[start | {"as_eager": 8}, start | {"as_eager": 7}], [start, start]]  # the first generation compares
     pairs = [[{"tokens_per_second": 500.0}, {"tokens_per_second": 600.0}]]
     eager = qwen3.judge_speeds([[speed("cuda", 40), speed("flagos", 50)]])
     result = qwen3.judge_graph(pairs, starts, {"device": "flagos", "tokens_per_second": 1000.0}, eager)
     assert (result["times_eager"], result["share_of_roofline"], result["graph"]) == (12.0, 0.6, [True, True])
     assert result["tokens_equal"] and not result["errors"]
+    assert (result["fused_norms"], result["leading_tokens_as_eager"], result["tokens_compared"]) == ([9, 9], [8, 7], 8)
     assert qwen3.judge_graph(pairs, starts, {"error": "no bandwidth"}, eager)["errors"] == ["no bandwidth"]
 
 
