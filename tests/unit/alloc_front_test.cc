@@ -139,7 +139,7 @@ void recorded_blocks_are_not_kept() {
 void bounded() {
   Fixture f;
   std::vector<DataPtr> all;
-  for (int i = 0; i < 100; i++) all.push_back(f.get(kMiB));
+  for (int64_t i = 0; i < AllocFront::kMostWaiting / static_cast<int64_t>(kMiB) + 36; i++) all.push_back(f.get(kMiB));
   all.clear();
   EXPECT(f.native.living() == AllocFront::kMostWaiting / kMiB);
 }

@@ -1,0 +1,43 @@
+"""Parts of the core that stand alone: builds schema_test.cc and free_list_test.cc and runs their checks."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+INCLUDE = Path(torch.__file__).parent / "include"
+
+
+def build(folder, name, *flags):
+    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
+    command = ["c++", f"-std=c++{standard}", "-O1", "-g", "-Wall", "-Wextra", *flags, f"-I{ROOT}"]
+    command += ["-isystem", str(INCLUDE), "-o", str(folder / name), str(ROOT / "tests" / "unit" / f"{name}.cc")]
+    done = subprocess.run([*command, "-lpthread"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / name
+
+
+def test_written_arguments_of_every_schema(tmp_path):
+    """Every operator of this torch, against what the dispatcher has parsed."""
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::") and not s.is_vararg]
+    assert len(schemas) > 2000
+    program = build(tmp_path, "schema_test")
+    text = "".join(f"{schema}\n" for schema in schemas)
+    found = subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+    wrong = []
+    for schema, flags in zip(schemas, found, strict=True):
+        expected = "".join("01"[bool(a.alias_info and a.alias_info.is_write)] for a in schema.arguments)
+        if flags != expected:
+            wrong.append((str(schema), flags, expected))
+    assert not wrong, wrong[:5]
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_free_list(sanitizer, tmp_path):
+    program = build(tmp_path, "free_list_test", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    # The pieces in the shared store live as long as the process.
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "die_after_fork=0"}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
