@@ -21,7 +21,7 @@ def build(folder, name, *flags):
 
 def test_written_arguments_of_every_schema(tmp_path):
     """Every operator of this torch, against what the dispatcher has parsed."""
-    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::") and not s.is_vararg]
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::") and "..." not in str(s)]
     assert len(schemas) > 2000
     program = build(tmp_path, "schema_test")
     text = "".join(f"{schema}\n" for schema in schemas)
