@@ -1,5 +1,5 @@
 // instructions.cc: calls operators while callgrind counts instructions, for instructions.py. From C++, so that no
-// interpreter is in the figures.
+// interpreter is in the figures. And marks for Python: what every thread did between two of them.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 #include <valgrind/callgrind.h>
@@ -49,8 +49,17 @@ void count_instructions(std::string device, int64_t calls) {
   }
 }
 
+void start_counting() {
+  CALLGRIND_START_INSTRUMENTATION;
+  CALLGRIND_ZERO_STATS;
+}
+
+void counted(std::string title) { CALLGRIND_DUMP_STATS_AT(title.c_str()); }
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(flagos_bench, m) {
   m.def("count_instructions(str device, int calls) -> ()", TORCH_FN(count_instructions));
+  m.def("start_counting() -> ()", TORCH_FN(start_counting));
+  m.def("counted(str title) -> ()", TORCH_FN(counted));
 }

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Instructions of the host per operator call on two devices, counted by valgrind: exact on any machine, however busy.
+"""Instructions of the host on two devices, counted by valgrind: exact on any machine, however busy.
 
-    python benchmarks/instructions.py --out benchmarks/results
+    python benchmarks/instructions.py --out benchmarks/results           # per call of an operator
+    python benchmarks/instructions.py --model --out benchmarks/results   # of a Qwen3-0.6B training step and token
 
 For changes of a few percent, which times on a shared machine do not show. Without a GPU it runs on the null CUDA
 (tests/null_cuda), whose kernels and driver do next to nothing: differences between the devices are real, ratios are
-larger than on a GPU. Needs a C++ compiler, valgrind and its headers; takes some minutes.
+larger than on a GPU. A model's figures contain the interpreter, and vary by some parts in a thousand, because malloc
+finds its memory in another order each time. Needs a C++ compiler, valgrind and its headers; takes some minutes.
 """
 
 from __future__ import annotations
@@ -64,57 +66,108 @@ def table(dumps, devices, calls: int) -> dict[str, dict]:
     return rows
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="cuda,flagos", help="two devices")
-    parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--out", help="folder for instructions_NAME.json")
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    devices = options.pair.split(",")
+def inside(library: str, devices, calls: int) -> None:
+    """What runs under valgrind: operators on both devices, one after the other."""
+    import torch
+
+    torch.set_num_threads(1)
+    for device in devices:
+        common.load(device)
+    torch.ops.load_library(library)
+    for device in devices:
+        torch.ops.flagos_bench.count_instructions(device, calls)
+
+
+def inside_model(library: str, device: str, size: str) -> None:
+    """What runs under valgrind: parts of a model on one device."""
+    from argparse import Namespace
 
     import torch
 
-    if options.inside:
-        torch.set_num_threads(1)
-        for device in devices:
-            common.load(device)
-        torch.ops.load_library(options.inside)
-        for device in devices:
-            torch.ops.flagos_bench.count_instructions(device, options.calls)
-        return 0
-    if shutil.which("valgrind") is None:
-        parser.error("valgrind is not installed (Debian: apt-get install valgrind)")
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    on_null_cuda = "cuda" in devices and not torch.cuda.is_available()
-    if on_null_cuda:
-        environment |= null_cuda.environment()
+    from benchmarks import qwen3
+
+    torch.set_num_threads(1)
+    work = qwen3.Work(Namespace(device=device, size=size))
+    torch.ops.load_library(library)
+    counted = torch.ops.flagos_bench.counted
+    work.start_decode(tokens=4)
+    torch.ops.flagos_bench.start_counting()
+    work.decode(4)
+    counted("")  # the first time that it counts differs
+    work.decode(4)
+    counted(f"{device}/prompt and 4 tokens")
+    work.start_train()
+    counted("")
+    loss = work.model(input_ids=work.data[0], labels=work.data[0]).loss
+    counted(f"{device}/forward")
+    loss.backward()
+    counted(f"{device}/backward")
+    work.optimizer.step()
+    counted(f"{device}/optimizer")
+    work.optimizer.zero_grad()
+    counted(f"{device}/zero_grad")
+
+
+def under_valgrind(arguments, flag: str, environment) -> list:
+    """The counts that this script makes with `arguments` below valgrind."""
     with tempfile.TemporaryDirectory() as folder:
         library = common.compile_operators("instructions", folder)
-        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={folder}/counts"]
-        command += [
-            sys.executable,
-            __file__,
-            "--inside",
-            library,
-            "--pair",
-            options.pair,
-            "--calls",
-            str(options.calls),
-        ]
+        command = ["valgrind", "--tool=callgrind", flag, f"--callgrind-out-file={folder}/counts"]
+        command += [sys.executable, __file__, "--inside", library, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"instructions: the counted process failed:\n{done.stderr[-3000:]}")
         parts = sorted(Path(folder).glob("counts.*"), key=lambda path: int(path.suffix[1:]))
-        dumps = [found for found in map(dump, parts) if found[0]]  # the last one is of the process's end
-    rows = table(dumps, devices, options.calls)
-    print(f"{'operator':16}{devices[0]:>9}{devices[1]:>9}{'plus':>8}{'ours':>8}{'ratio':>8}")
-    for name, row in rows.items():
-        print(f"{name:16}{row['first']:9}{row['second']:9}{row['plus']:8}{row['in_torch_fl']:8}{row['ratio']:8.3f}")
+        return [found for found in map(dump, parts) if found[0]]  # the last one is of the process's end
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="cuda,flagos", help="two devices")
+    parser.add_argument("--calls", type=int, default=100)
+    parser.add_argument("--model", action="store_true", help="parts of a Qwen3 model instead of operators")
+    parser.add_argument("--size", default="full", help="of the model, as in qwen3.py")
+    parser.add_argument("--out", help="folder for instructions_NAME.json")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    devices = options.pair.split(",")
+    if options.inside:
+        if options.model:
+            inside_model(options.inside, devices[0], options.size)
+        else:
+            inside(options.inside, devices, options.calls)
+        return 0
+    if shutil.which("valgrind") is None:
+        parser.error("valgrind is not installed (Debian: apt-get install valgrind)")
+
+    import torch
+
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    on_null_cuda = "cuda" in devices and not torch.cuda.is_available()
+    if on_null_cuda:
+        environment |= null_cuda.environment() | {"NULL_CUDA_ARCH": os.environ.get("NULL_CUDA_ARCH", "80")}
+    data = {"what": "instructions of the host per call", "pair": devices, "calls": options.calls}
+    name = "instructions"
+    if options.model:
+        name, data = "instructions_qwen3", {"what": "instructions of the host, Qwen3", "pair": devices}
+        data["size"] = options.size
+        dumps = []
+        for device in devices:
+            stock = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if common.is_stock(device) else {}
+            arguments = ["--model", "--size", options.size, "--pair", device]
+            dumps += under_valgrind(arguments, "--instr-atstart=no", environment | stock)
+        rows = table(dumps, devices, 1)
+    else:
+        arguments = ["--pair", options.pair, "--calls", str(options.calls)]
+        rows = table(under_valgrind(arguments, "--collect-atstart=no", environment), devices, options.calls)
+    print(f"{'':20}{devices[0]:>11}{devices[1]:>11}{'plus':>9}{'ours':>9}{'ratio':>8}")
+    for title, row in rows.items():
+        print(f"{title:20}{row['first']:11}{row['second']:11}{row['plus']:9}{row['in_torch_fl']:9}{row['ratio']:8.3f}")
     where = common.where("cpu")
     where["made_on"] = "null CUDA, no GPU" if on_null_cuda else where["made_on"]
-    data = {"what": "instructions of the host per call", "pair": devices, "where": where, "calls": options.calls}
-    common.save(options.out, f"instructions_{'null_cuda' if on_null_cuda else devices[0]}.json", data | {"rows": rows})
+    common.save(
+        options.out, f"{name}_{'null_cuda' if on_null_cuda else devices[0]}.json", data | {"where": where, "rows": rows}
+    )
     return 0
 
 
