@@ -27,10 +27,7 @@ class AliasImpl final : public c10::TensorImpl {
     storage_ = c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
     device_opt_ = native.device(index);
   }
-  bool reusable() const {
-    return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr &&
-           version_counter_.current_version() == 0;
-  }
+  bool reusable() const { return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr; }
   // How often kernels said that they have changed this tensor; torch's in-place kernels for lists do so themselves.
   uint32_t take_version() {
     const auto version = version_counter_.current_version();
@@ -149,9 +146,18 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
   if (C10_UNLIKELY(nbytes == 0) && impl->numel() > 0) released_ = &t;
   auto alias = pool_.take();
   alias->bind(impl, twin, index);
+  if (write) alias->take_version();  // an earlier kernel may have counted what it only read
   alias_.emplace_back(std::move(alias));
   origin_.push_back({&t, storage, twin, twin->_mutable_data_ptr_no_checks().get(), nbytes, write, /*pooled=*/true});
   return position;
+}
+
+size_t Call::add(at::TensorList list, bool write) {
+  const size_t begin = alias_.size();
+  alias_.reserve(begin + list.size());
+  origin_.reserve(begin + list.size());
+  for (const auto& t : list) add(t, write, /*list=*/true);
+  return begin;
 }
 
 c10::Storage Call::add(const c10::Storage& storage) {

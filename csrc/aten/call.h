@@ -30,10 +30,7 @@ class Call {
   // outlive the call. list: members are not looked up among each other (lists are long, and the same tensor twice is
   // legal).
   size_t add(const at::Tensor& t, bool write, bool list = false);
-  void expect(size_t more) {
-    alias_.reserve(alias_.size() + more);
-    origin_.reserve(origin_.size() + more);
-  }
+  size_t add(at::TensorList list, bool write);  // strided tensors; the position of the first
   c10::Storage add(const c10::Storage& storage);
   c10::Device map(c10::Device device);
   c10::Stream map(c10::Stream stream);

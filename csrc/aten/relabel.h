@@ -55,14 +55,8 @@ struct Arg<const std::optional<at::Tensor>&> {
 
 template <>
 struct Arg<at::TensorList> {
-  size_t begin = 0, n;
-  Arg(Call& call, at::TensorList list, bool write) : n(list.size()) {
-    call.expect(n);
-    for (size_t i = 0; i < n; ++i) {
-      const auto position = call.add(list[i], write, /*list=*/true);
-      if (i == 0) begin = position;
-    }
-  }
+  size_t begin, n;
+  Arg(Call& call, at::TensorList list, bool write) : begin(call.add(list, write)), n(list.size()) {}
   at::TensorList get(Call& call) { return call.list(begin, n); }
 };
 
