@@ -14,6 +14,7 @@
 #include <mutex>
 
 #include "csrc/aten/call.h"
+#include "csrc/runtime/torch_version.h"
 
 namespace flagos {
 
@@ -33,7 +34,11 @@ class OnNative final : public Node {
     // Hooks on the node, as an in-place operator on a tensor that retains its gradient leaves them, stay where they
     // are.
     if (!torchs || !torchs->tensor_pre_hooks().empty() || !torchs->retains_grad_hooks().empty()) return;
+#if FLAGOS_INTRUSIVE_NODES
+    const auto ours = c10::make_intrusive<OnNative>();
+#else
     const std::shared_ptr<OnNative> ours(new OnNative, autograd::deleteNode);
+#endif
     ((ours.get()->*members = std::move(torchs->*members)), ...);
     ours->set_next_edges(std::move(torchs->next_edges()));
     ours->add_input_metadata(result);
@@ -83,7 +88,7 @@ class OnNative final : public Node {
   template <auto member>
   void unpack(Saved& saved) {
     if constexpr (std::is_same_v<std::decay_t<decltype(this->*member)>, autograd::SavedVariable>) {
-      auto original = (this->*member).unpack(this->shared_from_this());
+      auto original = (this->*member).unpack(this->getptr());
       saved.push_back({&(this->*member), std::move(this->*member), std::move(original)});
     }
   }

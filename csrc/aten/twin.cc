@@ -38,13 +38,13 @@ void set_native(const Platform& platform) {
 namespace {
 
 // A StorageImpl whose memory does not come from malloc, which is slow for what one thread takes and another frees.
-struct FlagosStorage final : c10::StorageImpl {
+struct PooledStorage final : c10::StorageImpl {
   using StorageImpl::StorageImpl;
-  using Memory = FreeList<FlagosStorage, sizeof(c10::StorageImpl)>;
+  using Memory = FreeList<PooledStorage, sizeof(c10::StorageImpl)>;
   static void* operator new(size_t) { return Memory::take(); }
   static void operator delete(void* piece) noexcept { Memory::give(piece); }
 };
-static_assert(sizeof(FlagosStorage) == sizeof(c10::StorageImpl));
+static_assert(sizeof(PooledStorage) == sizeof(c10::StorageImpl));
 
 void drop_twin(void* context) { c10::raw::intrusive_ptr::decref(static_cast<c10::StorageImpl*>(context)); }
 
@@ -81,7 +81,7 @@ c10::DataPtr label_twin(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIn
 c10::intrusive_ptr<c10::StorageImpl> flagos_storage(c10::intrusive_ptr<c10::StorageImpl> twin, c10::DeviceIndex index) {
   const auto nbytes = twin->nbytes();
   const auto resizable = twin->resizable();
-  return c10::make_intrusive<FlagosStorage>(c10::StorageImpl::use_byte_size_t(), nbytes,
+  return c10::make_intrusive<PooledStorage>(c10::StorageImpl::use_byte_size_t(), nbytes,
                                             label_twin(std::move(twin), index), flagos_allocator(), resizable);
 }
 
@@ -104,8 +104,8 @@ c10::DataPtr allocate_flagos(size_t nbytes) {
   // An empty allocation may come back without a device index.
   const auto index =
       native.type == c10::DeviceType::CPU || ptr.device().index() < 0 ? chip.current_device() : ptr.device().index();
-  return label_twin(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), nbytes, std::move(ptr),
-                                                          chip.native_allocator(), /*resizable=*/true),
+  return label_twin(c10::make_intrusive<PooledStorage>(c10::StorageImpl::use_byte_size_t(), nbytes, std::move(ptr),
+                                                       chip.native_allocator(), /*resizable=*/true),
                     index);
 }
 

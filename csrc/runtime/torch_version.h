@@ -6,3 +6,6 @@
 // True when compiled against PyTorch maj.min or newer.
 #define FLAGOS_TORCH_GE(maj, min) \
   (TORCH_VERSION_MAJOR > (maj) || (TORCH_VERSION_MAJOR == (maj) && TORCH_VERSION_MINOR >= (min)))
+
+// Nodes of the autograd graph are counted by c10's pointers, no longer by std::shared_ptr.
+#define FLAGOS_INTRUSIVE_NODES __has_include(<torch/csrc/autograd/node.h>)
