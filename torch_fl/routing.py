@@ -57,6 +57,8 @@ def configure(chip_name: str) -> None:
     """Reads conf file and environment. Called once, at import; raises before anything is applied."""
     global _chip
     conf = _env.get("FLAGOS_BACKEND_CONFIG") or os.fspath(default_conf(chip_name))
+    if os.path.isdir(conf):  # which C++ would read as an empty file
+        raise ValueError(f"{conf}: is a folder; FLAGOS_BACKEND_CONFIG must name a conf file")
     strict_mode, log = _env.flag("FLAGOS_STRICT"), _env.flag("FLAGOS_LOG_DISPATCH")
     by_operator = {f"FLAGOS_OP_{name}": backend for name, backend in _env.with_prefix("FLAGOS_OP_").items()}
     integration.install(chip_name)

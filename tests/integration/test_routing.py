@@ -266,6 +266,8 @@ def test_malformed_conf(text, words, tmp_path):
 def test_missing_conf(tmp_path):
     result = run_python("import torch_fl", FLAGOS_BACKEND_CONFIG=str(tmp_path / "none.conf"))
     assert "none.conf" in error_line(result)
+    result = run_python("import torch_fl", FLAGOS_BACKEND_CONFIG=str(tmp_path))
+    assert f"{tmp_path}: is a folder; FLAGOS_BACKEND_CONFIG" in error_line(result)
 
 
 @pytest.mark.parametrize(
