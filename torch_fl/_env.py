@@ -3,6 +3,7 @@
 A name that the table lacks is an error, so docs/environment.md, which is made from the table, stays complete.
 """
 
+import difflib
 import os
 import re
 from functools import lru_cache
@@ -81,3 +82,15 @@ def with_prefix(prefix: str) -> dict[str, str]:
     if prefix not in {variable.name for variable in table()} or not prefix.endswith("_"):
         raise KeyError(f"{prefix} is not a prefix in accelerator/env.inc")
     return {name[len(prefix) :]: value for name, value in os.environ.items() if name.startswith(prefix) and value}
+
+
+def misspelt() -> dict[str, str]:
+    """Set variables that the table lacks, with the name in it that each is nearly."""
+    known = [variable.name for variable in table()]
+    prefixes = tuple(name for name in known if name.endswith("_"))
+    found = {}
+    for name in sorted(os.environ):
+        if name.startswith("FLAGOS_") and name not in known and not name.startswith(prefixes):
+            for near in difflib.get_close_matches(name, known, 1, 0.8):
+                found[name] = near
+    return found

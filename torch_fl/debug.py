@@ -58,6 +58,39 @@ def _backend(name: str) -> str:
         return "not routed"  # a composite, or an operator of another library that has not been called
 
 
+class _Served(TorchDispatchMode):
+    """A mode that knows which backend served a call.
+
+    explain() does not say it for a thread with routes of its own, nor where a route has conditions.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._counting: list[bool] = []
+
+    def __enter__(self):
+        self._counting.append(_C._set_counting(True))
+        return super().__enter__()
+
+    def __exit__(self, kind, error, traceback):
+        _C._set_counting(self._counting.pop())
+        return super().__exit__(kind, error, traceback)
+
+    @staticmethod
+    def _counted(name: str) -> collections.Counter:
+        """Calls of an operator so far, by backend."""
+        calls: collections.Counter = collections.Counter()
+        for op, backend, count, _ in _C._counts():
+            if op == name:
+                calls[backend] += count
+        return calls
+
+    def _server(self, name: str, before: collections.Counter) -> str:
+        """The backend that has served since `before`; what explain() says where no or more than one has."""
+        served = list(self._counted(name) - before)
+        return served[0] if len(served) == 1 else _backend(name)
+
+
 def _shown(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -215,7 +248,7 @@ def _is_random(func, args, kwargs) -> bool:
     return True
 
 
-class compare_with_cpu(TorchDispatchMode):
+class compare_with_cpu(_Served):
     """Runs every operator on the CPU as well and stops at the first whose result differs.
 
     `with torch_fl.debug.compare_with_cpu(): loss = model(x); loss.backward()`. The error names the operator, its
@@ -241,7 +274,9 @@ class compare_with_cpu(TorchDispatchMode):
         if not ours or name in self.ignore or name.startswith(UNDEFINED) or _is_random(func, args, kwargs):
             return func(*args, **kwargs)
         before_args, before_kwargs = tree_map(_Copier("cpu"), (args, kwargs))
+        calls = self._counted(name)
         returned = func(*args, **kwargs)
+        backend = self._server(name, calls)
         cpu_args, cpu_kwargs = tree_map(_Copier("cpu"), (before_args, before_kwargs))
         try:
             expected = func(*cpu_args, **cpu_kwargs)
@@ -254,17 +289,17 @@ class compare_with_cpu(TorchDispatchMode):
         rtol = _rtol(name, leaves) if self.rtol is None else self.rtol
         words = _difference(func, (before_args, before_kwargs), here, there, rtol)
         if words is not None:
-            self._stop(name, func, before_args, before_kwargs, words, rtol)
+            self._stop(name, backend, func, before_args, before_kwargs, words, rtol)
         return returned
 
-    def _stop(self, name, func, args, kwargs, words, rtol=None):
+    def _stop(self, name, backend, func, args, kwargs, words, rtol=None):
         folder = tempfile.gettempdir() if self.folder is None else os.fspath(self.folder)
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"flagos-{name.replace('::', '-')}-{os.getpid()}-{self._calls}.pt")
         args_saved, kwargs_saved = tree_map(_encode, (list(args), kwargs))
         torch.save({"op": func.name(), "args": args_saved, "kwargs": kwargs_saved, "rtol": rtol}, path)
         raise Difference(
-            f"flagos: {name} (backend {_backend(name)}, operator call {self._calls}) differs from the CPU: {words}; "
+            f"flagos: {name} (backend {backend}, operator call {self._calls}) differs from the CPU: {words}; "
             f"called with {_arguments(args, kwargs)}; run it again with: python -m torch_fl.debug {path}",
             name,
             self._calls,
@@ -316,7 +351,7 @@ class Call(NamedTuple):
         return f"{self.number:>6} {self.seconds * 1e6:>10.1f} us  {self.backend:<14} {self.op}({self.arguments})"
 
 
-class trace(TorchDispatchMode):
+class trace(_Served):
     """Lists the operators that run inside a `with` block: `with torch_fl.debug.trace() as t: ...; print(t)`.
 
     `calls` holds the rows. The time is that of the call on the host; with `synchronize` the device's work is included,
@@ -329,7 +364,6 @@ class trace(TorchDispatchMode):
         self.calls: collections.deque[Call] = collections.deque(maxlen=limit)
         self.synchronize, self.last = synchronize, last
         self._number = 0
-        self._backends: dict[str, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -337,6 +371,7 @@ class trace(TorchDispatchMode):
         self._number += 1
         number, result = self._number, "failed"
         arguments = _arguments(args, kwargs)
+        calls = self._counted(name)
         start = time.perf_counter()
         try:
             returned = func(*args, **kwargs)
@@ -348,9 +383,8 @@ class trace(TorchDispatchMode):
             seconds = time.perf_counter() - start
             leaves = tree_flatten((args, kwargs))[0]
             ours = any(_without_index(leaf) == torch.device("flagos") for leaf in leaves)
-            if ours and name not in self._backends:
-                self._backends[name] = _backend(name)
-            self.calls.append(Call(number, name, self._backends[name] if ours else "-", arguments, result, seconds))
+            backend = self._server(name, calls) if ours else "-"
+            self.calls.append(Call(number, name, backend, arguments, result, seconds))
 
     def __exit__(self, kind, error, traceback):
         if error is not None and self.calls and hasattr(error, "add_note"):

@@ -5,6 +5,7 @@ known to give trouble. A failed check does not stop the others, and what can be 
 start. The exit code is 1 when a check failed.
 """
 
+import collections
 import glob
 import importlib.metadata
 import json
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 
 SELF_TEST_SECONDS = 5.0
 TESTED_TORCH = ((2, 11), (2, 15))
 FLAGGEMS = "5.0.2"
+
+_own_fallbacks: collections.Counter = collections.Counter()  # calls on the CPU that the arithmetic check asked for
 
 
 class Doubt(Exception):
@@ -161,6 +165,7 @@ def arithmetic():
         "mm": lambda x: x @ x,
         "sum.dim_IntList": lambda x: x.sum(1),
     }
+    before = collections.Counter(torch_fl.fallbacks())
     tuned = {"mm", "sum.dim_IntList"}  # FlagGems would compile dozens of variants of their Python kernels
     lines = []
     for backend in [step.backend for step in torch_fl.explain("mm")]:
@@ -173,7 +178,9 @@ def arithmetic():
                 late.append(op)
                 continue
             try:
-                with torch_fl.route({op: backend}):
+                # The CPU is a backend to test here, and no fallback to forbid or to warn of.
+                with torch_fl.route({op: backend}), torch_fl.strict(False), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     difference = (call(a.to("flagos")).cpu() - call(a)).abs().max().item()
             except RuntimeError as error:
                 if "backend not registered" not in str(error):
@@ -185,6 +192,7 @@ def arithmetic():
             passed.append(op)
         line = f"{backend}: {', '.join(passed)} equal the CPU's" if passed else f"{backend}: has none of these"
         lines.append(line + (f"; no time was left for {', '.join(late)}" if late else ""))
+    _own_fallbacks.update(collections.Counter(torch_fl.fallbacks()) - before)
     return lines
 
 
@@ -218,7 +226,7 @@ def routes():
     for row in torch_fl.routes():
         totals[row.backend] = totals.get(row.backend, 0) + 1
     lines = [", ".join(f"{name} {count}" for name, count in sorted(totals.items())) + " operators"]
-    fallbacks = torch_fl.fallbacks()
+    fallbacks = collections.Counter(torch_fl.fallbacks()) - _own_fallbacks
     if fallbacks:
         lines.append("ran on the CPU: " + ", ".join(f"{op} {count}" for op, count in sorted(fallbacks.items())))
     return lines
@@ -233,6 +241,8 @@ def environment():
             found += [f"{variable.name}{name}={value}" for name, value in _env.with_prefix(variable.name).items()]
         elif _env.get(variable.name) is not None:
             found.append(f"{variable.name}={_env.get(variable.name)}")
+    if doubts := [f"{name} is no variable of torch_fl; did you mean {near}?" for name, near in _env.misspelt().items()]:
+        raise Doubt("\n".join(doubts + found))
     return found or "no variable of torch_fl is set"
 
 

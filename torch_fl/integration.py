@@ -80,9 +80,14 @@ def _install_library(package: Path | None, version: str | None) -> None:
 # ---- flagos_python: the Python kernels -----------------------------------------------------------------------------
 
 
+def _triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter: Triton's own variable, with the values that Triton takes."""
+    return (_env.get("TRITON_INTERPRET") or "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def _install_python(chip: str, package: Path | None, version: str | None) -> None:
     global _interpreted
-    _interpreted = chip == "host" and _env.flag("TRITON_INTERPRET")
+    _interpreted = chip == "host" and _triton_interprets()
     vendor = _env.get("GEMS_VENDOR") or VENDORS.get(chip) or (interpreter.VENDOR if _interpreted else None)
     reason = ""
     if not _build.FLAGGEMS_PYTHON:

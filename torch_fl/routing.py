@@ -8,6 +8,7 @@ written '__', as in FLAGOS_OP_mm__out.
 import contextlib
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,8 @@ def configure(chip_name: str) -> None:
     """Reads conf file and environment. Called once, at import; raises before anything is applied."""
     global _chip
     conf = _env.get("FLAGOS_BACKEND_CONFIG") or os.fspath(default_conf(chip_name))
+    if os.path.isdir(conf):  # which C++ would read as an empty file
+        raise ValueError(f"{conf}: is a folder; FLAGOS_BACKEND_CONFIG must name a conf file")
     strict_mode, log = _env.flag("FLAGOS_STRICT"), _env.flag("FLAGOS_LOG_DISPATCH")
     by_operator = {f"FLAGOS_OP_{name}": backend for name, backend in _env.with_prefix("FLAGOS_OP_").items()}
     integration.install(chip_name)
@@ -82,13 +85,24 @@ def routes() -> list[Route]:
     return [Route(*row) for row in _C._routes()]
 
 
+def _check_names(routes: dict) -> None:
+    """One sentence for what the bindings would answer with their signatures."""
+    for op, backend in routes.items():
+        if not isinstance(op, str):
+            raise TypeError(f"torch_fl: expected an operator's name, such as 'mm' or 'add.Tensor', got {op!r}")
+        if not isinstance(backend, str):
+            raise TypeError(f"torch_fl: {op}: expected a backend's name, such as 'cpu', got {backend!r}")
+
+
 def explain(op: str) -> Explanation:
     """Every backend that was considered for `op`, with the reason for taking it or not."""
+    _check_names({op: ""})
     return Explanation(op, _C._explain(op))
 
 
 def set_route(op: str, backend: str | None) -> None:
     """Sends `op` to `backend` from now on, in all threads. None takes that back."""
+    _check_names({op: "" if backend is None else backend})
     _C._set_route(op, backend)
     if backend is None:
         _set.pop(op, None)
@@ -107,8 +121,11 @@ def route(ops: dict[str, str] | None = None, /, **names: str):
 
     `with torch_fl.route(mm="cpu", add__Tensor="cpu"):` or, with dispatcher names, `route({"add.Tensor": "cpu"})`.
     """
+    if not isinstance(ops, (Mapping, type(None))):
+        raise TypeError(f"torch_fl: expected route(mm='cpu') or route({{'add.Tensor': 'cpu'}}), got route({ops!r})")
     wanted = dict(ops or {})
     wanted.update((name.replace("__", "."), backend) for name, backend in names.items())
+    _check_names(wanted)
     _C._push_thread_route(wanted)
     try:
         yield

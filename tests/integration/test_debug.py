@@ -188,7 +188,7 @@ def test_reproducer_keeps_types_devices_and_layouts(tmp_path, device):
     keywords = {"dtype": torch.float16, "layout": torch.strided, "device": torch.device("cpu"), "non_blocking": True}
     keywords["memory_format"] = torch.preserve_format
     with pytest.raises(debug.Difference) as error:
-        mode._stop("_to_copy", func, (torch.ones(2),), keywords, "words")
+        mode._stop("_to_copy", "host", func, (torch.ones(2),), keywords, "words")
     assert debug.reproduce(error.value.reproducer) is None
 
 
@@ -202,6 +202,23 @@ def test_trace_lists_operators(device):
     assert rows["mm"].backend not in ("-", "not routed") and rows["add.Tensor"].backend == "-"
     assert "mm(float32[2, 3], float32[3, 2])" in str(t) and y.sum().item() == 12
     assert {op for op, *_ in t.by_op()} == set(rows)
+
+
+@pytest.mark.filterwarnings("ignore:flagos. mul.Tensor")  # that it runs on the CPU is what the test is about
+def test_backend_is_the_one_that_served_the_call(device, monkeypatch, tmp_path):
+    """A thread's own route and a route with conditions are not what explain() says of the operator."""
+    x = torch.ones(2, device=device)
+    with debug.trace() as t:
+        x * 2
+        with torch_fl.route({"mul.Tensor": "cpu"}):
+            x * 2
+        x * 2
+    usual, routed, again = (call.backend for call in t.calls if call.op == "mul.Tensor")
+    assert routed == "cpu" and usual == again != "cpu"
+    monkeypatch.setattr(debug, "_difference", lambda *_: "it differs")
+    with torch_fl.route({"mul.Tensor": "cpu"}), pytest.raises(debug.Difference, match="backend cpu"):
+        with debug.compare_with_cpu(folder=tmp_path):
+            x * 2
 
 
 def test_trace_sees_backward_and_can_synchronize(device):

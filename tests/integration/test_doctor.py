@@ -51,6 +51,26 @@ def test_start_that_fails_is_diagnosed():
     assert ours == ["FLAGOS_ACCELERATOR=nochip"]
 
 
+def test_strict_mode_passes_and_the_own_calls_on_the_cpu_are_not_reported():
+    result = ask("doctor", "--json", FLAGOS_STRICT="1", FLAGOS_ACCELERATOR="host")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "runs on the CPU" not in result.stderr
+    checks = {entry["check"]: entry for entry in json.loads(result.stdout)["checks"]}
+    assert any(line.startswith("cpu: exp") for line in checks["arithmetic"]["lines"])
+    assert not any("ran on the CPU" in line for line in checks["routes"]["lines"])
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("FLAGOS_STRIKT", "FLAGOS_STRICT"), ("FLAGOS_OPS_mm", "FLAGOS_OP_"), ("FLAGOS_OP_mm", None)]
+)
+def test_misspelt_variable_is_doubted(name, near, monkeypatch):
+    monkeypatch.setenv(name, "cpu")
+    (entry,) = doctor.run([doctor.environment])
+    doubts = [line for line in entry["lines"] if "is no variable" in line]
+    assert doubts == ([f"{name} is no variable of torch_fl; did you mean {near}?"] if near else [])
+    assert entry["status"] == ("doubt" if near else "ok")
+
+
 def test_import_error_carries_the_same_facts():
     result = run_python("import torch_fl", FLAGOS_ACCELERATOR="nochip")
     assert result.returncode != 0

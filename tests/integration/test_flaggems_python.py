@@ -179,3 +179,10 @@ def test_the_list_of_operators():
     assert {table[op][0] for op in ("rms_norm", "one_hot", "true_divide.Tensor", *missing)} == {"unusable"}
     assert "own" in table["copy_"][1] and table["bitwise_left_shift.Tensor"][0] == "unjudged"
     assert {table[op][0] for op in ("mm", "silu_backward", "_softmax")} == {"unjudged"}
+
+
+@pytest.mark.parametrize(("value", "answer"), [("true", True), ("ON", True), ("0", False), ("false", False)])
+def test_tritons_own_variable_takes_tritons_values(value, answer):
+    """What Triton reads as a switch must not keep torch_fl from starting."""
+    program = "import torch_fl; print(torch_fl.integration.interpreted())"
+    assert check_python(program, TRITON_INTERPRET=value, FLAGOS_ACCELERATOR="host").split() == [str(answer)]

@@ -167,6 +167,8 @@ def test_bad_state_changes_nothing():
     with pytest.raises((RuntimeError, TypeError)):
         generator.set_state(torch.zeros(3, dtype=torch.uint8))
     assert torch.equal(generator.get_state(), state)
+    with pytest.raises(TypeError, match="ByteTensor, got 3"):
+        torch.flagos.set_rng_state(3)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,23 @@ def test_set_route_refuses_unknown_names(op, backend, words, mul):
     assert torch_fl.routes() == before
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: torch_fl.explain(torch.ops.aten.mm.default), "expected an operator's name"),
+        (lambda: torch_fl.set_route(None, "cpu"), "expected an operator's name"),
+        (lambda: torch_fl.set_route("mm", 3), "mm: expected a backend's name"),
+        (lambda: torch_fl.route(mm=None).__enter__(), "mm: expected a backend's name"),
+        (lambda: torch_fl.route("mm").__enter__(), "expected route"),
+        (lambda: torch_fl.route(["mm"]).__enter__(), "expected route"),
+    ],
+)
+def test_other_things_than_names_are_refused_in_one_line(call, words):
+    with pytest.raises(TypeError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
 def absent_backend():
     present = {r.backend for r in torch_fl.routes()}
     return next(b for b in ("metax", "ascend", "cuda") if b not in present)
@@ -266,6 +283,8 @@ def test_malformed_conf(text, words, tmp_path):
 def test_missing_conf(tmp_path):
     result = run_python("import torch_fl", FLAGOS_BACKEND_CONFIG=str(tmp_path / "none.conf"))
     assert "none.conf" in error_line(result)
+    result = run_python("import torch_fl", FLAGOS_BACKEND_CONFIG=str(tmp_path))
+    assert f"{tmp_path}: is a folder; FLAGOS_BACKEND_CONFIG" in error_line(result)
 
 
 @pytest.mark.parametrize(

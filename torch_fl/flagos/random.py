@@ -38,6 +38,8 @@ def get_rng_state_all() -> list[torch.Tensor]:
 
 def set_rng_state(new_state: torch.Tensor, device="flagos") -> None:
     """Puts a state from get_rng_state back."""
+    if not isinstance(new_state, torch.Tensor):
+        raise TypeError(f"RNG state must be a torch.ByteTensor, got {new_state!r}")
     default_generators[_checked_index(device)].set_state(new_state.cpu())
 
 
