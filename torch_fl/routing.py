@@ -126,11 +126,11 @@ def route(ops: dict[str, str] | None = None, /, **names: str):
     wanted = dict(ops or {})
     wanted.update((name.replace("__", "."), backend) for name, backend in names.items())
     _check_names(wanted)
-    _C._push_thread_route(wanted)
+    pushed = _C._push_thread_route(wanted)
     try:
         yield
     finally:
-        _C._pop_thread_route()
+        _C._pop_thread_route(pushed)
 
 
 def fallbacks(reset: bool = False) -> dict[str, int]:

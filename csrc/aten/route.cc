@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <list>
 #include <mutex>
 #include <unordered_map>
 
@@ -44,7 +45,7 @@ std::atomic<int> threads_with_routes{0};
 std::atomic<uint64_t> editions{1};  // of conf and environment
 
 struct ThreadRoutes {
-  std::vector<std::map<const Slot*, const Decision*>> frames;
+  std::list<std::map<const Slot*, const Decision*>> frames;
 };
 thread_local ThreadRoutes thread_routes;
 
@@ -162,7 +163,7 @@ void settle(Slot& slot) {
 
 void check_name(const std::string& name) {
   if (!std::binary_search(operator_names().begin(), operator_names().end(), name)) {
-    const auto near = nearest(name, operator_names());
+    const auto near = nearest(name.compare(0, 6, "aten::") == 0 ? name.substr(6) : name, operator_names());
     throw ConfigError("unknown operator '" + name + "'" + (near.empty() ? "" : "; did you mean '" + near + "'?"));
   }
 }
@@ -390,7 +391,7 @@ void set_route(const RouteLine& line) {
   settle(slot);
 }
 
-void push_thread_routes(const std::vector<RouteLine>& lines) {
+uintptr_t push_thread_routes(const std::vector<RouteLine>& lines) {
   auto& t = table();
   std::map<const Slot*, const Decision*> frame;
   {
@@ -402,11 +403,15 @@ void push_thread_routes(const std::vector<RouteLine>& lines) {
   }
   thread_routes.frames.push_back(std::move(frame));
   change_usual([] { return threads_with_routes.fetch_add(1); });
+  return reinterpret_cast<uintptr_t>(&thread_routes.frames.back());
 }
 
-void pop_thread_routes() {
-  TORCH_CHECK(!thread_routes.frames.empty(), "flagos: this thread has no routes of its own to leave");
-  thread_routes.frames.pop_back();
+void pop_thread_routes(uintptr_t pushed) {
+  auto& frames = thread_routes.frames;
+  const auto it =
+      std::find_if(frames.begin(), frames.end(), [&](auto& f) { return reinterpret_cast<uintptr_t>(&f) == pushed; });
+  TORCH_CHECK(it != frames.end(), "flagos: routes are left on the thread that entered them");
+  frames.erase(it);
   change_usual([] { return threads_with_routes.fetch_sub(1); });
 }
 

@@ -160,9 +160,10 @@ void configure(const std::vector<RouteLine>& lines);
 // set_route at run time; an empty backend returns the operator to conf, environment or default.
 void set_route(const RouteLine& line);
 
-// Routes of the calling thread only, innermost last: route(...) as a context manager.
-void push_thread_routes(const std::vector<RouteLine>& lines);
-void pop_thread_routes();
+// Routes of the calling thread only, innermost last: route(...) as a context manager. Coroutines may leave them in
+// another order than that in which they entered: what is left is what push returned.
+uintptr_t push_thread_routes(const std::vector<RouteLine>& lines);
+void pop_thread_routes(uintptr_t pushed);
 
 struct RouteView {
   std::string op, backend, origin, reason;

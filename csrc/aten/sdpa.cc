@@ -15,9 +15,17 @@ namespace flagos {
 
 namespace {
 
+// What torch.func wraps tensors in has no storage, and the choice needs none: it looks at sizes, strides and dtypes.
+at::Tensor without_storage(const at::Tensor& t) {
+  auto made = at::detail::make_tensor<c10::TensorImpl>(native.dense, t.dtype(), native.device(t.device().index()));
+  made.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
+  return made;
+}
+
 // The choice looks at requires_grad (a fused kernel may have no backward), which aliases do not carry otherwise.
 at::Tensor alias_with_grad(Call& call, const at::Tensor& t) {
-  auto alias = call[call.add(t, /*write=*/false)];
+  const bool wrapped = is_flagos(t) && !t.unsafeGetTensorImpl()->unsafe_storage();
+  auto alias = wrapped ? without_storage(t) : call[call.add(t, /*write=*/false)];
   if (is_flagos(t) && t.requires_grad()) alias.unsafeGetTensorImpl()->set_requires_grad(true);
   return alias;
 }

@@ -158,8 +158,9 @@ void bind_routes(py::module_& m) {
   m.def("_repeat", torch::wrap_pybind_function(repeat), py::arg("op"), py::arg("args"), py::arg("kwargs"),
         py::arg("count"));
   m.def("_set_route", &set_route_checked, py::arg("op"), py::arg("backend"));
-  m.def("_push_thread_route",
-        [](const std::map<std::string, std::string>& routes) { push_thread_routes(parse_routes(routes, "route")); });
+  m.def("_push_thread_route", [](const std::map<std::string, std::string>& routes) {
+    return push_thread_routes(parse_routes(routes, "route"));
+  });
   m.def("_pop_thread_route", &pop_thread_routes);
   m.def("_registered_ops", [] {
     std::vector<std::string> names;

@@ -68,6 +68,28 @@ def test_factories(make, device):
     assert make(device).device == torch.device("flagos:0")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("periodic", [True, False])
+def test_kaiser_window(periodic, dtype, device):
+    for n in (0, 1, 5, 64):
+        window = torch.kaiser_window(n, periodic, 3.0, dtype=dtype, device=device)
+        assert window.is_flagos
+        torch.testing.assert_close(window.cpu(), torch.kaiser_window(n, periodic, 3.0, dtype=dtype))
+
+
+def test_new_memory_in_deterministic_mode(device):
+    """Holds what shows that nobody wrote it, as on torch's own devices, unless that is switched off."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        one = torch.ones(5, device=device)
+        made = [torch.empty(64, device=device), torch.empty_strided((3, 2), (1, 3), device=device)]
+        made += [torch.empty_like(one), one.new_empty(4), torch.empty(3, dtype=torch.complex64, device=device)]
+        assert all(bool(t.isnan().all()) for t in made)
+        assert torch.empty(3, dtype=torch.int16, device=device).tolist() == [2**15 - 1] * 3
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_default_device(device):
     with torch.device(device):
         assert torch.ones(2).is_flagos

@@ -133,3 +133,23 @@ def test_randomness_under_vmap_follows_the_seed(device):
 
     first = draw()
     assert torch.equal(first, draw()) and not torch.equal(first[0], first[1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's fallback for vmap
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_under_transforms(masked, device):
+    """Which fused kernel may be used is asked with the wrappers that the transforms put around tensors."""
+    if masked and torch_fl.chip() == "cuda":
+        pytest.skip("torch's rule for vmap over a masked attention fails on stock cuda, too")
+    from torch.nn.functional import scaled_dot_product_attention as attention
+
+    q = torch.randn(3, 1, 2, 4, 8)
+
+    def results(q):
+        mask = torch.ones(4, 4, dtype=torch.bool, device=q.device).tril() if masked else None
+        energy = lambda t: attention(t, t, t, mask).square().sum()  # noqa: E731
+        vmapped = func.vmap(lambda t: attention(t, t, t, mask))(q)
+        return [t.cpu() for t in (vmapped, func.grad(energy)(q), func.vmap(func.grad(energy))(q))]
+
+    for actual, expected in zip(results(q.to(device)), results(q), strict=True):
+        torch.testing.assert_close(actual, expected)

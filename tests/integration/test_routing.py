@@ -186,6 +186,22 @@ def test_route_is_for_one_thread_and_nests(mul, device):
             seen["nested"] = torch_fl.fallbacks()
     x * x
     assert seen == {"other": {}, "inner": {mul: 1}, "nested": {mul: 1}}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on the CPU:UserWarning")
+def test_routes_may_be_left_in_any_order(device):
+    """As coroutines do that take turns: each leaves its own."""
+    first, second = torch_fl.route(neg="cpu"), torch_fl.route(exp="cpu")
+    x = torch.ones(3, device=device)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    torch_fl.fallbacks(reset=True)
+    x.neg(), x.exp()
+    assert torch_fl.fallbacks() == {"exp": 1}
+    second.__exit__(None, None, None)
+    x.neg(), x.exp()
+    assert torch_fl.fallbacks(reset=True) == {"exp": 1}
     assert torch_fl.fallbacks() == {mul: 1}
 
 
