@@ -21,10 +21,11 @@ class AliasImpl final : public c10::TensorImpl {
     version_counter_ = c10::VariableVersion(0);  // in inference mode there would be none
   }
 
-  void bind(const c10::TensorImpl* source, c10::StorageImpl* twin, c10::DeviceIndex index) {
+  void bind(const c10::TensorImpl* source, c10::StorageImpl* twin, c10::DeviceIndex index, bool borrow) {
     copy_generic_tensor_metadata(source, this);  // not the storage and the version: they would be counted up and down
     key_set_ = native.relabel(source->key_set()) - c10::python_ks;
-    storage_ = c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(twin));
+    using Pointer = c10::intrusive_ptr<c10::StorageImpl>;
+    storage_ = c10::Storage(borrow ? Pointer::reclaim(twin) : Pointer::reclaim_copy(twin));
     device_opt_ = native.device(index);
   }
   bool reusable() const { return !extra_meta_ && autograd_meta() == nullptr && pyobj_slot_.load_pyobj() == nullptr; }
@@ -34,7 +35,15 @@ class AliasImpl final : public c10::TensorImpl {
     if (C10_UNLIKELY(version != 0)) version_counter_.set_version(0);
     return version;
   }
-  void unbind() { storage_ = c10::Storage(); }
+  void unbind(bool borrowed) {
+    if (borrowed) {
+      storage_.unsafeReleaseStorageImpl();
+    } else {
+      storage_ = c10::Storage();
+    }
+  }
+  // A native tensor's keys become flagos ones.
+  static void relabel(c10::TensorImpl* impl) { impl->*(&AliasImpl::key_set_) = native.relabel_back(impl->key_set()); }
 };
 
 // A loop, because comparing the arrays would call memcmp for a few numbers.
@@ -66,10 +75,13 @@ struct AliasPool {
     if (C10_LIKELY(size > 0)) return c10::intrusive_ptr<AliasImpl>::reclaim(item[--size]);
     return c10::make_intrusive<AliasImpl>();
   }
-  void give_back(at::Tensor& t) {
+  void give_back(at::Tensor& t, c10::StorageImpl* borrowed) {
     auto* impl = static_cast<AliasImpl*>(t.unsafeGetTensorImpl());
-    if (C10_UNLIKELY(t.use_count() != 1 || !impl->reusable() || closed || size == kCapacity)) return;
-    impl->unbind();
+    if (C10_UNLIKELY(t.use_count() != 1 || !impl->reusable() || closed || size == kCapacity)) {
+      if (borrowed) c10::raw::intrusive_ptr::incref(borrowed);  // it goes on living, and releases the memory at its end
+      return;
+    }
+    impl->unbind(borrowed != nullptr);
     t.unsafeReleaseTensorImpl();
     item[size++] = impl;
   }
@@ -101,14 +113,14 @@ Call::~Call() {
   // Backwards: a tensor that was passed twice shares one alias, which its first position owns.
   for (size_t i = alias_.size(); i-- > 0;) {
     if (origin_[i].pooled) {
-      pool_.give_back(alias_[i]);
+      pool_.give_back(alias_[i], origin_[i].borrowed ? origin_[i].twin : nullptr);
     } else {
       alias_[i].reset();
     }
   }
 }
 
-size_t Call::add(const at::Tensor& t, bool write, bool list) {
+size_t Call::add(const at::Tensor& t, bool write, bool list, bool borrow) {
   const size_t position = alias_.size();
   auto* impl = t.unsafeGetTensorImpl();
   if (C10_UNLIKELY(!t.defined() || impl->device_type() != kFlagos)) {
@@ -120,6 +132,7 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
   if (!list) {
     for (size_t i = 0; i < position; ++i) {
       if (origin_[i].tensor && origin_[i].tensor->unsafeGetTensorImpl() == impl) {
+        if (write && std::exchange(origin_[i].borrowed, false)) c10::raw::intrusive_ptr::incref(origin_[i].twin);
         origin_[i].write |= write;
         alias_.push_back(alias_[i]);
         origin_.emplace_back();
@@ -145,18 +158,19 @@ size_t Call::add(const at::Tensor& t, bool write, bool list) {
   const size_t nbytes = twin->nbytes();
   if (C10_UNLIKELY(nbytes == 0) && impl->numel() > 0) released_ = &t;
   auto alias = pool_.take();
-  alias->bind(impl, twin, index);
+  alias->bind(impl, twin, index, borrow);
   if (write) alias->take_version();  // an earlier kernel may have counted what it only read
   alias_.emplace_back(std::move(alias));
-  origin_.push_back({&t, storage, twin, twin->_mutable_data_ptr_no_checks().get(), nbytes, write, /*pooled=*/true});
+  origin_.push_back(
+      {&t, storage, twin, twin->_mutable_data_ptr_no_checks().get(), nbytes, write, /*pooled=*/true, borrow});
   return position;
 }
 
-size_t Call::add(at::TensorList list, bool write) {
+size_t Call::add(at::TensorList list, bool write, bool borrow) {
   const size_t begin = alias_.size();
   alias_.reserve(begin + list.size());
   origin_.reserve(begin + list.size());
-  for (const auto& t : list) add(t, write, /*list=*/true);
+  for (const auto& t : list) add(t, write, /*list=*/true, borrow);
   return begin;
 }
 
@@ -293,7 +307,7 @@ at::Tensor Call::result(at::Tensor&& t) {
   // Taken out rather than copied: the reference count is an atomic.
   auto twin = c10::intrusive_ptr<c10::StorageImpl>::reclaim(
       const_cast<c10::Storage&>(impl->unsafe_storage()).unsafeReleaseStorageImpl());
-  impl->_change_backend_component_keys(flagos_device(index));
+  AliasImpl::relabel(impl);
   impl->set_storage_keep_dtype(c10::Storage(flagos_storage(std::move(twin), index)));
   return std::move(t);
 }
@@ -310,7 +324,7 @@ at::Tensor Call::shared_result(at::Tensor&& t) {
     impl = t.unsafeGetTensorImpl();
   }
   auto storage = storage_of(impl->unsafe_storage().unsafeGetStorageImpl());
-  impl->_change_backend_component_keys(storage.device());
+  AliasImpl::relabel(impl);
   impl->set_storage_keep_dtype(std::move(storage));
   return std::move(t);
 }

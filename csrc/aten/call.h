@@ -28,9 +28,10 @@ class Call {
   // ---- before the kernel -----------------------------------------------------------------------------------------
   // Adds one tensor argument; `write` when the kernel may change its data or metadata. Returns its position. `t` must
   // outlive the call. list: members are not looked up among each other (lists are long, and the same tensor twice is
-  // legal).
-  size_t add(const at::Tensor& t, bool write, bool list = false);
-  size_t add(at::TensorList list, bool write);  // strided tensors; the position of the first
+  // legal). borrow: the alias takes no reference to the memory, which `t` holds meanwhile; for torch's own kernels,
+  // which give no other storage to an argument that their schema does not mark as written.
+  size_t add(const at::Tensor& t, bool write, bool list = false, bool borrow = false);
+  size_t add(at::TensorList list, bool write, bool borrow);  // strided tensors; the position of the first
   c10::Storage add(const c10::Storage& storage);
   c10::Device map(c10::Device device);
   c10::Stream map(c10::Stream stream);
@@ -59,6 +60,7 @@ class Call {
     size_t nbytes = 0;
     bool write = false;
     bool pooled = false;
+    bool borrowed = false;
   };
 
   void refuse(const char* op, bool mixed_allowed) const;
@@ -97,7 +99,7 @@ class Call {
 class BelowAutograd {
  public:
   explicit BelowAutograd(bool count_versions = false) {
-    auto keys = keys_above_native();
+    auto keys = native.above;
     if (count_versions) keys = keys - c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
     if (C10_UNLIKELY(!c10::impl::tls_local_dispatch_key_set().excluded_.has_all(keys))) guard_.emplace(keys);
   }

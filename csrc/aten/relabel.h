@@ -32,7 +32,8 @@ template <>
 struct Arg<const at::Tensor&> {
   const at::Tensor* original;
   size_t position;
-  Arg(Call& call, const at::Tensor& t, bool write) : original(&t), position(call.add(t, write)) {}
+  Arg(Call& call, const at::Tensor& t, bool write)
+      : original(&t), position(call.add(t, write, /*list=*/false, /*borrow=*/!write)) {}
   const at::Tensor& get(Call& call) { return call[position]; }
 };
 
@@ -48,7 +49,7 @@ template <>
 struct Arg<const std::optional<at::Tensor>&> {
   std::optional<at::Tensor> alias;
   Arg(Call& call, const std::optional<at::Tensor>& t, bool write) {
-    if (t) alias = call[call.add(*t, write)];
+    if (t) alias = call[call.add(*t, write, /*list=*/false, /*borrow=*/!write)];
   }
   const std::optional<at::Tensor>& get(Call&) { return alias; }
 };
@@ -56,7 +57,7 @@ struct Arg<const std::optional<at::Tensor>&> {
 template <>
 struct Arg<at::TensorList> {
   size_t begin, n;
-  Arg(Call& call, at::TensorList list, bool write) : begin(call.add(list, write)), n(list.size()) {}
+  Arg(Call& call, at::TensorList list, bool write) : begin(call.add(list, write, /*borrow=*/!write)), n(list.size()) {}
   at::TensorList get(Call& call) { return call.list(begin, n); }
 };
 
@@ -65,7 +66,7 @@ struct Arg<const at::ITensorListRef&> {
   size_t begin = 0, n = 0;
   Arg(Call& call, const at::ITensorListRef& list, bool write) {
     for (const at::Tensor& t : list) {
-      const auto position = call.add(t, write, /*list=*/true);
+      const auto position = call.add(t, write, /*list=*/true, /*borrow=*/!write);
       if (n++ == 0) begin = position;
     }
   }

@@ -96,7 +96,8 @@ class AllocFront {
     void add(const Amount& a) { count += a.count, bytes += a.bytes, requested += a.requested; }
     void subtract(const Amount& a) { count -= a.count, bytes -= a.bytes, requested -= a.requested; }
   };
-  struct Block {
+  struct alignas(64)
+      Block {  // as Device: what is used together lies in as few lines of the processor's cache as it can
     void* ptr;
     Block* next;
     c10::StreamId stream;
@@ -114,10 +115,10 @@ class AllocFront {
   // What the statistics of one device need. taken: handed out from the lists. returned: put there, less what was
   // flushed; so returned - taken is what waits. Peaks and room are kept for both sums that small blocks enter: that of
   // all memory and that of the small pool.
-  struct Device {
-    bool used = false;
+  struct alignas(64) Device {
     std::vector<std::unique_ptr<Lists>> lists;  // the one in use comes first
-    Amount taken, returned, taken_at_reset, returned_at_reset, room[2];
+    bool used = false;
+    Amount taken, returned, room[2], taken_at_reset, returned_at_reset;
     int64_t peak[5][2] = {};
     int64_t waiting_bytes() const { return returned.bytes - taken.bytes; }
   };
@@ -155,15 +156,14 @@ class AllocFront {
 
   Native& native_;
   SpinLock lock_;
+  std::atomic<bool> used_{false}, any_late_{false};
+  std::atomic<int> aside_{0};
   std::vector<Device> devices_;
   Table blocks_;
   uint64_t clock_ = 0;
-  std::atomic<int> aside_{0};
-  std::atomic<bool> used_{false};
   // Addresses whose release met a taken lock inside a native call.
   SpinLock late_lock_;
   std::vector<void*> late_;
-  std::atomic<bool> any_late_{false};
 };
 
 // ---- in cuda_allocator.cc
