@@ -149,6 +149,24 @@ def tests(data) -> list[str]:
     return [*rows(("files", *names), lines), *cut, "", *said][: 20 + len(cut)]
 
 
+def instructions(data) -> list[str]:
+    first, second = data["pair"]
+    lines = [
+        (name, row["first"], row["second"], row["in_torch_fl"], row["ratio"]) for name, row in data["rows"].items()
+    ]
+    return rows(("", first, second, f"of {second}'s in torch_fl", "ratio"), lines)
+
+
+def training_steps(data) -> list[str]:
+    parts = ("forward", "backward", "optimizer")
+    stock = data["rows"][0]
+    lines = [
+        (row["state"], *(row[part] for part in parts), round(sum(map(row.get, parts)) / sum(map(stock.get, parts)), 3))
+        for row in data["rows"]
+    ]
+    return rows(("state", *parts, "sum, of stock"), lines)
+
+
 def manifest(folder: Path) -> list[str]:
     """Every result file, what it holds and the device that it is about."""
     lines = []
@@ -165,6 +183,12 @@ TABLES = {
     "threads": (threads, "python benchmarks/threads.py --out benchmarks/results"),
     "memory": (memory, "python benchmarks/memory.py --out benchmarks/results"),
     "import_time": (import_time, "python benchmarks/import_time.py --out benchmarks/results"),
+    "instructions_null_cuda": (instructions, "python benchmarks/instructions.py --out benchmarks/results"),
+    "instructions_qwen3_null_cuda": (
+        instructions,
+        "python benchmarks/instructions.py --model --out benchmarks/results",
+    ),
+    "training_steps_null_cuda": (training_steps, "python benchmarks/instructions.py --model after every change"),
     "opdb_cuda": (opdb, "python tests/integration/ops/against_stock.py --json benchmarks/results/opdb_cuda.json"),
     "tests_cuda": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
     "hal_cuda": (tests, "scripts/gpu_suite.sh OUTDIR hal"),

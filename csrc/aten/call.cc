@@ -106,6 +106,11 @@ AliasPool& this_threads_pool() {
 Call::Call() : pool_(this_threads_pool()) {}
 
 Call::~Call() {
+  if (C10_UNLIKELY(!settled_)) {
+    for (const auto& origin : origin_) {
+      if (origin.write && origin.pooled) take_memory(origin);
+    }
+  }
   if (entered_) {
     native_call_device = outer_device_;
     if (C10_UNLIKELY(tracing_device()) && native.entry) end_host_kernel();
@@ -134,6 +139,7 @@ size_t Call::add(const at::Tensor& t, bool write, bool list, bool borrow) {
       if (origin_[i].tensor && origin_[i].tensor->unsafeGetTensorImpl() == impl) {
         if (write && std::exchange(origin_[i].borrowed, false)) c10::raw::intrusive_ptr::incref(origin_[i].twin);
         origin_[i].write |= write;
+        if (write) settled_ = false;
         alias_.push_back(alias_[i]);
         origin_.emplace_back();
         return position;
@@ -143,6 +149,7 @@ size_t Call::add(const at::Tensor& t, bool write, bool list, bool borrow) {
   const auto index = impl->device().index();
   note(index);
   flagos_tensor_ = true;
+  if (write) settled_ = false;
   if (C10_UNLIKELY(impl->key_set().has_any(kOtherLayouts))) {
     Origin origin;
     origin.tensor = &t;
@@ -157,12 +164,12 @@ size_t Call::add(const at::Tensor& t, bool write, bool list, bool borrow) {
   auto* twin = twin_of(storage);
   const size_t nbytes = twin->nbytes();
   if (C10_UNLIKELY(nbytes == 0) && impl->numel() > 0) released_ = &t;
-  auto alias = pool_.take();
-  alias->bind(impl, twin, index, borrow);
-  if (write) alias->take_version();  // an earlier kernel may have counted what it only read
-  alias_.emplace_back(std::move(alias));
   origin_.push_back(
       {&t, storage, twin, twin->_mutable_data_ptr_no_checks().get(), nbytes, write, /*pooled=*/true, borrow});
+  alias_.emplace_back(pool_.take());
+  auto* alias = static_cast<AliasImpl*>(alias_.back().unsafeGetTensorImpl());
+  alias->bind(impl, twin, index, borrow);
+  if (write) alias->take_version();  // an earlier kernel may have counted what it only read
   return position;
 }
 
@@ -252,7 +259,15 @@ void Call::enter(const char* op, bool mixed_allowed) {
   }
 }
 
+void Call::take_memory(const Origin& origin) {
+  const auto& memory = origin.twin->_mutable_data_ptr_no_checks();
+  if (C10_UNLIKELY(memory.get() != origin.data || origin.twin->nbytes() != origin.nbytes)) {
+    refresh_from_twin(origin.storage, origin.twin);
+  }
+}
+
 void Call::write_back() {
+  settled_ = true;
   for (size_t i = 0; i < origin_.size(); ++i) {
     const auto& origin = origin_[i];
     if (!origin.write || !origin.tensor) continue;
@@ -262,10 +277,7 @@ void Call::write_back() {
     if (C10_LIKELY(origin.pooled)) {
       for (auto n = static_cast<AliasImpl*>(from)->take_version(); C10_UNLIKELY(n != 0); --n) to->bump_version();
     }
-    const auto& memory = origin.twin->_mutable_data_ptr_no_checks();
-    if (C10_UNLIKELY(memory.get() != origin.data || origin.twin->nbytes() != origin.nbytes)) {
-      refresh_from_twin(origin.storage, origin.twin);
-    }
+    take_memory(origin);
     auto* twin = from->unsafe_storage().unsafeGetStorageImpl();
     if (C10_UNLIKELY(twin != origin.twin)) to->set_storage_keep_dtype(storage_of(twin));
     if (C10_UNLIKELY(from->dtype() != to->dtype())) to->set_storage_and_dtype(to->storage(), from->dtype());

@@ -46,6 +46,8 @@ class Call {
 
   // ---- after the kernel ------------------------------------------------------------------------------------------
   // Carries sizes, strides, dtype, lazy bits, quantizer, storage and version of written aliases back to the originals.
+  // After an exception the destructor carries back the memory alone: a kernel that fails may have resized its result,
+  // which keeps its shape and stays usable.
   void write_back();
   // A result under the flagos label: the original object when the kernel returned an argument, a tensor on the
   // argument's storage when it is a view of one, otherwise the same TensorImpl over a new flagos storage.
@@ -68,6 +70,7 @@ class Call {
     if (index_ < 0) index_ = index;
     if (index != index_) other_index_ = index;
   }
+  static void take_memory(const Origin& origin);  // for the original, when the twin has got another
   at::Tensor shared_result(at::Tensor&& t);
   c10::Storage storage_of(c10::StorageImpl* twin);
   // layouts.cc: sparse, CSR, nested and quantized tensors are rebuilt from relabelled members, both ways.
@@ -91,6 +94,7 @@ class Call {
   bool cpu_tensor_ = false;       // a CPU tensor with dimensions among the arguments
   bool results_native_ = false;   // the caller asked for results on the CPU
   bool entered_ = false;
+  bool settled_ = true;  // nothing is written, or it has been carried back
 };
 
 // Excludes autograd and autocast below a kernel, at no cost when they are excluded already, as under VariableType.

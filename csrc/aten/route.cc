@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <list>
 #include <mutex>
 #include <unordered_map>
 
@@ -45,7 +44,9 @@ std::atomic<int> threads_with_routes{0};
 std::atomic<uint64_t> editions{1};  // of conf and environment
 
 struct ThreadRoutes {
-  std::list<std::map<const Slot*, const Decision*>> frames;
+  std::map<uint64_t, std::map<const Slot*, const Decision*>>
+      frames;  // by what push returned: the last one is innermost
+  ~ThreadRoutes();
 };
 thread_local ThreadRoutes thread_routes;
 
@@ -72,6 +73,10 @@ auto change_usual(Change change) {
     for (auto& [name, slot] : t.slots) update_fast(*slot);
   }
   return before;
+}
+
+ThreadRoutes::~ThreadRoutes() {  // a thread may end inside of them
+  if (!frames.empty()) change_usual([&] { return threads_with_routes.fetch_sub(static_cast<int>(frames.size())); });
 }
 
 std::vector<Candidate> candidates_of(const Slot& slot, std::vector<Kernel>& kernels) {
@@ -295,8 +300,8 @@ void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::Dispa
 const Decision& take_slow_path(Slot& slot) {
   const Decision* decision = nullptr;
   for (auto frame = thread_routes.frames.rbegin(); frame != thread_routes.frames.rend() && !decision; ++frame) {
-    const auto own = frame->find(&slot);
-    if (own != frame->end()) decision = own->second;
+    const auto own = frame->second.find(&slot);
+    if (own != frame->second.end()) decision = own->second;
   }
   if (!decision) decision = slot.decision.load(std::memory_order_acquire);
   TORCH_INTERNAL_ASSERT(decision, "flagos: ", slot.name, " was called before torch_fl finished its import");
@@ -391,7 +396,7 @@ void set_route(const RouteLine& line) {
   settle(slot);
 }
 
-uintptr_t push_thread_routes(const std::vector<RouteLine>& lines) {
+uint64_t push_thread_routes(const std::vector<RouteLine>& lines) {
   auto& t = table();
   std::map<const Slot*, const Decision*> frame;
   {
@@ -401,17 +406,15 @@ uintptr_t push_thread_routes(const std::vector<RouteLine>& lines) {
       frame.emplace(&slot, decide(slot, {line}));
     }
   }
-  thread_routes.frames.push_back(std::move(frame));
+  static std::atomic<uint64_t> count{0};
+  const auto pushed = ++count;
+  thread_routes.frames.emplace(pushed, std::move(frame));
   change_usual([] { return threads_with_routes.fetch_add(1); });
-  return reinterpret_cast<uintptr_t>(&thread_routes.frames.back());
+  return pushed;
 }
 
-void pop_thread_routes(uintptr_t pushed) {
-  auto& frames = thread_routes.frames;
-  const auto it =
-      std::find_if(frames.begin(), frames.end(), [&](auto& f) { return reinterpret_cast<uintptr_t>(&f) == pushed; });
-  TORCH_CHECK(it != frames.end(), "flagos: routes are left on the thread that entered them");
-  frames.erase(it);
+void pop_thread_routes(uint64_t pushed) {
+  TORCH_CHECK(thread_routes.frames.erase(pushed) == 1, "flagos: routes are left on the thread that entered them");
   change_usual([] { return threads_with_routes.fetch_sub(1); });
 }
 

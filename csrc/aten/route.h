@@ -162,8 +162,8 @@ void set_route(const RouteLine& line);
 
 // Routes of the calling thread only, innermost last: route(...) as a context manager. Coroutines may leave them in
 // another order than that in which they entered: what is left is what push returned.
-uintptr_t push_thread_routes(const std::vector<RouteLine>& lines);
-void pop_thread_routes(uintptr_t pushed);
+uint64_t push_thread_routes(const std::vector<RouteLine>& lines);
+void pop_thread_routes(uint64_t pushed);
 
 struct RouteView {
   std::string op, backend, origin, reason;

@@ -246,7 +246,7 @@ bool AllocFront::end(void* ptr) {
   if (block == nullptr) return false;
   Device& device = devices_[block->device];
   const Amount amount = block->amount();
-  if (!block->recorded && !stepped_aside() && device.waiting_bytes() + amount.bytes <= kMostWaiting) {
+  if (!block->recorded && !stepped_aside() && device.has_room(amount.bytes)) {
     Lists* lists = lists_of(device, block->stream);
     if (C10_UNLIKELY(lists == nullptr)) lists = &make_lists(device, block->stream);
     block->next = lists->head[block->size_class];

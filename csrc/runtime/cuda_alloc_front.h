@@ -34,6 +34,7 @@ class AllocFront {
   static constexpr size_t kStep = 512;                       // the native allocator's unit: classes are exact
   static constexpr size_t kLargest = size_t{1} << 20;        // the native allocator's small pool ends here
   static constexpr int64_t kMostWaiting = int64_t{1} << 30;  // bytes per device
+  static constexpr int64_t kMostBlocks = int64_t{1} << 16;   // waiting, per device: whoever flushes waits for them
   static constexpr size_t kMostStreams = 16;                 // per device; the one not used for longest makes way
 
   // The allocator behind the front.
@@ -121,6 +122,9 @@ class AllocFront {
     Amount taken, returned, room[2], taken_at_reset, returned_at_reset;
     int64_t peak[5][2] = {};
     int64_t waiting_bytes() const { return returned.bytes - taken.bytes; }
+    bool has_room(int64_t bytes) const {
+      return waiting_bytes() + bytes <= kMostWaiting && returned.count - taken.count < kMostBlocks;
+    }
   };
   // Blocks by address: open addressing, at most half full.
   class Table {

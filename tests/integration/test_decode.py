@@ -177,15 +177,30 @@ OTHERS = [
 def test_only_norms_that_compute_the_same_are_fused(device):
     model = torch.nn.Sequential(*[PlainRMSNorm(), PlainRMSNorm(torch.rand(32))], *[make() for make in OTHERS])
     model.to(device, torch.bfloat16)
-    assert [module for module, _ in decode._fused_norms(model)] == [model[0], model[1]]
+    assert [module for module, _ in decode._fused_norms(model, torch.bfloat16)] == [model[0], model[1]]
     model[0].forward = lambda x: x  # somebody's own
-    assert [module for module, _ in decode._fused_norms(model)] == [model[1]]
+    assert [module for module, _ in decode._fused_norms(model, torch.bfloat16)] == [model[1]]
     with decode._forwards([(model[0], abs)]):
         assert model[0](torch.tensor(-1)) == 1
     assert model[0](torch.tensor(-1)) == -1
     x = torch.randn(5, 32, device=device, dtype=torch.bfloat16)
-    ((module, fused),) = decode._fused_norms(model)
+    ((module, fused),) = decode._fused_norms(model, torch.bfloat16)
     torch.testing.assert_close(fused(x), module(x), rtol=2**-7, atol=0)
+
+
+class ScaledRMSNorm(Norm):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_every_norm_is_tried_by_itself_and_in_the_models_dtype():
+    model = torch.nn.Sequential(ScaledRMSNorm(1.0), ScaledRMSNorm(3.0), PlainRMSNorm()).to(torch.bfloat16)
+    model[2].float()  # its result is float32, whatever its input
+    assert [module for module, _ in decode._fused_norms(model, torch.bfloat16)] == [model[0]]
 
 
 def state(model):

@@ -284,3 +284,19 @@ def test_plain_import_of_torch_survives_a_bad_setting():
     # With a GPU the name stays free, so that torch.cuda is as without torch_fl (torch_fl/_unavailable.py).
     said = "nonsense" if torch.cuda.device_count() == 0 else "Expected one of cpu, cuda"
     assert "REASON" in result.stdout and said in result.stdout, result.stdout
+
+
+def test_memory_that_a_failing_kernel_gave_its_result(device):
+    """gather resizes its result and then finds the bad index: the result keeps shape and values in its new memory, and
+    nobody else gets its old one while it shows that."""
+    x, out = torch.ones(4, 300, device=device), torch.full((10,), 3.0, device=device)
+    index = torch.full((4, 300), 999, device=device)
+    if torch_fl.chip() == "cuda":
+        pytest.skip("an index out of bounds ends a CUDA context; the host's kernel checks it")
+    with pytest.raises(Exception, match="out of bounds"):
+        torch.gather(x, 1, index, out=out)
+    assert out.tolist() == [3] * 10
+    others = [torch.zeros(10, device=device) for _ in range(20)]
+    out.copy_(torch.full((10,), 5.0).pin_memory(), non_blocking=True)
+    torch.flagos.synchronize()
+    assert bool((out == 5).all()) and not any(bool(t.any()) for t in others)

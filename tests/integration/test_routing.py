@@ -189,6 +189,17 @@ def test_route_is_for_one_thread_and_nests(mul, device):
     assert torch_fl.fallbacks() == {mul: 1}
 
 
+def test_a_thread_may_end_inside_its_routes(device):
+    """They go with it, and nobody can leave them later in its stead."""
+    entered = torch_fl.route(neg="cpu")
+    thread = threading.Thread(target=entered.__enter__)
+    thread.start()
+    thread.join()
+    with torch_fl.route(exp=native()):
+        with pytest.raises(RuntimeError, match="on the thread that entered them"):
+            entered.__exit__(None, None, None)
+
+
 @pytest.mark.filterwarnings("ignore:.*runs on the CPU:UserWarning")
 def test_routes_may_be_left_in_any_order(device):
     """As coroutines do that take turns: each leaves its own."""

@@ -70,7 +70,17 @@ RESULTS = {
         "failures": {"b.py::test_b": "assert 1 == 2"},
     },
     "hal_cuda": {"versions": WHERE, "finished": True, "totals": {"passed": 9}, "files": {"c.py": {}}, "failures": {}},
+    "training_steps_null_cuda": {
+        "where": WHERE,
+        "rows": [
+            {"state": "stock", "forward": 50, "backward": 40, "optimizer": 10},
+            {"state": "now", "forward": 60, "backward": 40, "optimizer": 10},
+        ],
+    },
 }
+COUNTS = {"first": 800, "second": 1000, "in_torch_fl": 300, "plus": 200, "ratio": 1.25}
+RESULTS["instructions_null_cuda"] = {"pair": ["cuda", "flagos"], "where": WHERE, "rows": {"mm": COUNTS}}
+RESULTS["instructions_qwen3_null_cuda"] = RESULTS["instructions_null_cuda"]
 SAYS = {
     "dispatch": ("2 of 4", "0.96", "cat (list): 1.04", "1.12"),
     "qwen3": ("1.100", "61 % of the memory roofline", "losses bit equal: NO", "no result", "of 190: cuda 190"),
@@ -80,6 +90,9 @@ SAYS = {
     "opdb_cuda": ("199 | 99.50 | 189 of 190", "6000 of 6052", "on the CPU fallback: 1"),
     "tests_cuda": ("| 2 | 7 | 1 | 0", "cut off", "b.py::test_b: assert 1 == 2"),
     "hal_cuda": ("| 1 | 9 |",),
+    "training_steps_null_cuda": ("| now | 60 | 40 | 10 | 1.1 |",),
+    "instructions_null_cuda": ("| mm | 800 | 1000 | 300 | 1.25 |",),
+    "instructions_qwen3_null_cuda": ("of flagos's in torch_fl",),
 }
 
 

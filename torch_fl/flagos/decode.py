@@ -57,7 +57,7 @@ class GraphedDecoder:
         self._position = torch.zeros((1,), dtype=torch.long, device=self.device)
         self._slots = torch.arange(max_length, device=self.device)
         self._cache = _cache(model.config, max_length, self._position)
-        self._norms = _fused_norms(model) if fuse_norms else []
+        self._norms = _fused_norms(model, model.dtype) if fuse_norms else []
         self.fused_norms = len(self._norms)
         self._graph = None
 
@@ -222,18 +222,11 @@ def _forwards(replaced):
                 module.forward = forward
 
 
-def _fused_norms(model) -> list:
-    """(module, fused forward) of those RMSNorm modules of a model for which it computes the same."""
-    norms, same = [], {}
-    for module in model.modules():
-        if not _looks_like_rms_norm(module):
-            continue
-        kind = type(module), module.weight.shape, module.weight.dtype, _eps(module)
-        if kind not in same:
-            same[kind] = _computes_the_same(module)
-        if same[kind]:
-            norms.append((module, _fused_forward(module)))
-    return norms
+def _fused_norms(model, dtype) -> list:
+    """(module, fused forward) of those RMSNorm modules of a model for which it computes the same. One whose weight has
+    another dtype than what flows through the model decides for itself which its result has."""
+    candidates = [m for m in model.modules() if _looks_like_rms_norm(m) and m.weight.dtype == dtype]
+    return [(module, _fused_forward(module)) for module in candidates if _computes_the_same(module)]
 
 
 def _eps(module):
@@ -318,7 +311,8 @@ def graph_decode(
     """A decoder that replays the model's decode step as one graph: `graph_decode(model, 512).generate(ids, 100)`.
 
     The arguments are those of GraphedDecoder, which says where the step's arithmetic differs from eager decoding: with
-    `fuse_norms`, in the order in which the norms sum, else nowhere.
+    `fuse_norms` in the order in which the norms sum, and as any static cache with a mask does, where attention may take
+    another kernel than without a mask.
     """
     return GraphedDecoder(model, max_length, batch, graph, fuse_norms)
 
