@@ -103,17 +103,11 @@ def cpu_model() -> str:
 
 def compile_operators(name: str, folder: str) -> str:
     """Builds benchmarks/NAME.cc, which registers operators, into `folder`; the library's path."""
-    import torch
+    from tests.common.programs import compile_cxx, torch_libraries
 
-    torch_folder = Path(torch.__file__).parent
-    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
     library = f"{folder}/lib{name}.so"
-    command = ["c++", f"-std=c++{standard}", "-O2", "-fPIC", "-shared", "-o", library]
-    command += [str(ROOT / f"benchmarks/{name}.cc"), "-isystem", str(torch_folder / "include")]
-    command += [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"benchmarks/{name}.cc does not compile: {done.stderr[-2000:]}")
+    libraries = [(torch_libraries(), ["c10", "torch_cpu"])]
+    compile_cxx(library, [f"benchmarks/{name}.cc"], "-O2", "-fPIC", "-shared", libraries=libraries)
     return library
 
 

@@ -17,6 +17,7 @@ import torch
 
 import torch_fl
 from tests.common.process import check_python, run_python
+from tests.common.programs import compile_cxx, torch_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(torch.__file__).parent
@@ -29,14 +30,8 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("alloc_front") / "test"
-    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
-    command = ["c++", f"-std=c++{standard}", "-O2", "-g", "-o", str(out), f"-I{ROOT}", f"-I{ROOT / 'include'}"]
-    command += ["-isystem", str(PACKAGE / "include"), str(ROOT / "tests/unit/alloc_front_test.cc")]
-    command += [str(ROOT / "csrc/runtime/cuda_alloc_front.cc")]
-    command += [f"-L{PACKAGE / 'lib'}", f"-Wl,-rpath,{PACKAGE / 'lib'}", "-lc10", "-lpthread"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    sources = ["tests/unit/alloc_front_test.cc", "csrc/runtime/cuda_alloc_front.cc"]
+    return compile_cxx(out, sources, "-O2", "-g", libraries=[(torch_libraries(), ["c10"])])
 
 
 def run(program, *args, **env):

@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import subprocess
 import textwrap
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 import torch_fl
 from tests.common.process import check_python, run_python
+from tests.common.programs import compile_cxx, torch_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests/common/stub_flaggems_cpp.cc"
@@ -20,13 +20,8 @@ STUB = ROOT / "tests/common/stub_flag_gems"
 def build(folder, *flags):
     """A FlagGems build tree with the stand-in library."""
     (folder / "lib").mkdir()
-    torch_folder = Path(torch.__file__).parent
-    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
-    command = ["c++", f"-std=c++{standard}", "-O0", "-shared", "-fPIC", *flags]
-    command += ["-isystem", str(torch_folder / "include"), "-o", str(folder / "lib/liboperators.so"), str(SOURCE)]
-    command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    libraries = [(torch_libraries(), ["c10", "torch_cpu"])]
+    compile_cxx(folder / "lib/liboperators.so", [SOURCE], "-O0", "-shared", "-fPIC", *flags, libraries=libraries)
     return folder
 
 

@@ -18,6 +18,7 @@
 
 #include "csrc/runtime/cuda_alloc_front.h"
 #include "tests/unit/alloc_front_fake.h"
+#include "tests/unit/expect.h"
 
 namespace flagos {
 extern bool g_in_bad_fork;
@@ -27,16 +28,6 @@ bool g_in_bad_fork = false;  // platform.cc's; set here by the check that forks
 namespace {
 
 using c10::StreamId;
-
-int failures = 0;
-
-#define EXPECT(condition)                                             \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      failures++;                                                     \
-      std::printf("FAIL %s:%d %s\n", __func__, __LINE__, #condition); \
-    }                                                                 \
-  } while (0)
 
 std::string difference(const Stats& a, const Stats& b) {
   const std::pair<Kind, const char*> kinds[] = {{&Stats::allocation, "allocation"},

@@ -10,22 +10,13 @@
 #include <vector>
 
 #include "csrc/runtime/free_list.h"
+#include "tests/unit/expect.h"
 
 namespace flagos {
 bool g_in_bad_fork = false;
 }
 
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                             \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      failures++;                                                     \
-      std::printf("FAIL %s:%d %s\n", __func__, __LINE__, #condition); \
-    }                                                                 \
-  } while (0)
 
 constexpr size_t kSize = 96;
 struct Tag {};

@@ -5,13 +5,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.common.programs import compile_cxx, torch_libraries
+
 SOURCES = ["hal_error", "last_ops", "hal_streams", "caching_allocator", "caching_allocator_segments", "memory_history"]
 SOURCES += ["platform"]
-LIBRARIES = Path(torch.__file__).parent / "lib"
-INCLUDE = Path(torch.__file__).parent / "include"
 
 
 def package():
@@ -29,17 +27,9 @@ def package():
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("caching_allocator") / "test"
-    libraries = package()
-    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
-    command = ["c++", f"-std=c++{standard}", "-O1", "-g", "-o", str(out), f"-I{ROOT}", f"-I{ROOT / 'include'}"]
-    command += ["-isystem", str(INCLUDE), "-isystem", str(INCLUDE / "torch/csrc/api/include")]
-    command += [str(ROOT / "tests/unit/caching_allocator_test.cc")]
-    command += [str(ROOT / "csrc/runtime" / f"{name}.cc") for name in SOURCES]
-    for folder, names in ((libraries, ["flagos"]), (LIBRARIES, ["c10", "torch_cpu", "torch"])):
-        command += [f"-L{folder}", f"-Wl,-rpath,{folder}", *(f"-l{name}" for name in names)]
-    done = subprocess.run([*command, "-lpthread"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    sources = ["tests/unit/caching_allocator_test.cc", *(f"csrc/runtime/{name}.cc" for name in SOURCES)]
+    libraries = [(package(), ["flagos"]), (torch_libraries(), ["c10", "torch_cpu", "torch"])]
+    return compile_cxx(out, sources, "-O1", "-g", libraries=libraries)
 
 
 def run(program, *args):

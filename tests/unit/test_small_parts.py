@@ -1,22 +1,15 @@
 """Parts of the core that stand alone: builds schema_test.cc and free_list_test.cc and runs their checks."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-INCLUDE = Path(torch.__file__).parent / "include"
+from tests.common.programs import compile_cxx
 
 
 def build(folder, name, *flags):
-    standard = "17" if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else "20"
-    command = ["c++", f"-std=c++{standard}", "-O1", "-g", "-Wall", "-Wextra", *flags, f"-I{ROOT}"]
-    command += ["-isystem", str(INCLUDE), "-o", str(folder / name), str(ROOT / "tests" / "unit" / f"{name}.cc")]
-    done = subprocess.run([*command, "-lpthread"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / name
+    return compile_cxx(folder / name, [f"tests/unit/{name}.cc"], "-O1", "-g", "-Wall", "-Wextra", *flags)
 
 
 def test_written_arguments_of_every_schema(tmp_path):
