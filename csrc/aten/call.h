@@ -28,8 +28,8 @@ class Call {
   // ---- before the kernel -----------------------------------------------------------------------------------------
   // Adds one tensor argument; `write` when the kernel may change its data or metadata. Returns its position. `t` must
   // outlive the call. list: members are not looked up among each other (lists are long, and the same tensor twice is
-  // legal). borrow: the alias takes no reference to the memory, which `t` holds meanwhile; for torch's own kernels,
-  // which give no other storage to an argument that their schema does not mark as written.
+  // legal). borrow: the alias takes no reference to the memory, which `t` holds meanwhile; for kernels of torch and
+  // FlagGems, which give no other storage to an argument that their schema does not mark as written.
   size_t add(const at::Tensor& t, bool write, bool list = false, bool borrow = false);
   size_t add(at::TensorList list, bool write, bool borrow);  // strided tensors; the position of the first
   c10::Storage add(const c10::Storage& storage);

@@ -44,8 +44,7 @@ std::atomic<int> threads_with_routes{0};
 std::atomic<uint64_t> editions{1};  // of conf and environment
 
 struct ThreadRoutes {
-  std::map<uint64_t, std::map<const Slot*, const Decision*>>
-      frames;  // by what push returned: the last one is innermost
+  std::map<uint64_t, std::map<const Slot*, const Decision*>> frames;  // by what push returned; innermost last
   ~ThreadRoutes();
 };
 thread_local ThreadRoutes thread_routes;

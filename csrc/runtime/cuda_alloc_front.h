@@ -97,8 +97,8 @@ class AllocFront {
     void add(const Amount& a) { count += a.count, bytes += a.bytes, requested += a.requested; }
     void subtract(const Amount& a) { count -= a.count, bytes -= a.bytes, requested -= a.requested; }
   };
-  struct alignas(64)
-      Block {  // as Device: what is used together lies in as few lines of the processor's cache as it can
+  // Blocks and devices: what is used together lies in as few lines of the processor's cache as it can.
+  struct alignas(64) Block {
     void* ptr;
     Block* next;
     c10::StreamId stream;

@@ -52,7 +52,7 @@ class FreeList {
     std::vector<void*> pieces;
   };
 
-  // Null while the thread ends, and in a forked child, where somebody may have held the lock.
+  // Null while the thread ends.
   static Own* threads_own() noexcept {
     if (C10_LIKELY(state.own != nullptr)) return state.own;
     if (state.ended) return nullptr;
@@ -63,6 +63,7 @@ class FreeList {
     static Shared& store = *new Shared{{}, {}};  // never destroyed: storages may outlive statics
     return store;
   }
+  // Neither this nor spill in a forked child, where somebody may have held the lock.
   static bool refill(Own& own) noexcept {
     if (in_bad_fork()) return false;
     Shared& store = shared();
