@@ -215,15 +215,22 @@ def both(pair: list[Worker], do: str, budget: Budget, **options) -> list[dict]:
     return [worker.answer(budget) for worker in pair]
 
 
-def alternate(pair: list[Worker], do: str, rounds: int, share: Budget, budget: Budget, **options) -> list[list[dict]]:
-    """`rounds` pairs of answers, one worker at work at a time; who goes first alternates. No pair is begun after
-    `share` or an error, and none is waited for longer than `budget`."""
+def alternate(
+    pair: list[Worker], do: str, rounds: int, share: Budget, budget: Budget, turns: int = 1, merge=None, **options
+) -> list[list[dict]]:
+    """`rounds` pairs of answers, one worker at work at a time; who goes first alternates. A pair may be made of several
+    turns of each worker, of whose answers merge(answers) makes one. No pair is begun after `share` or an error, and
+    none is waited for longer than `budget`."""
     pairs: list[list[dict]] = []
     while len(pairs) < rounds and share.left() > 0 and not errors(pairs):
-        answers: dict[int, dict] = {}
-        for which in (0, 1) if len(pairs) % 2 else (1, 0):
-            answers[which] = pair[which].ask(do, budget, **options)
-        pairs.append([answers[0], answers[1]])
+        answers: list[list[dict]] = [[], []]
+        for turn in range(turns):
+            for which in (0, 1) if (len(pairs) * turns + turn) % 2 else (1, 0):
+                answers[which].append(pair[which].ask(do, budget, **options))
+            if errors(zip(*answers, strict=True)):
+                break
+        failed = [[a for a in one if "error" in a] for one in answers]
+        pairs.append([bad[0] if bad else merge(one) if merge else one[0] for bad, one in zip(failed, answers, strict=True)])
     return pairs
 
 

@@ -58,16 +58,25 @@ def in_turn(cases):
         yield from filter(None, row)
 
 
-def on_cpu(op: str, nest) -> bool:
-    """Whether the CPU takes the call: what it refuses may be an illegal access elsewhere."""
+def native_takes(op: str, nest) -> bool:
+    """Whether the native kernel takes a call. On a GPU alone: the null CUDA takes all."""
+    if null_cuda.active():
+        return True
     try:
         with torch.no_grad():
-            judge_cases.overload(op)(*copy_tree(nest[0], "cpu"), **copy_tree(nest[1], "cpu"))
-    except NotImplementedError:
-        pass
+            judge_cases.overload(op)(*copy_tree(nest[0], "flagos"), **copy_tree(nest[1], "flagos"))
+        torch.flagos.synchronize()
+    except torch.AcceleratorError as error:
+        leave(error)
     except Exception:
         return False
     return True
+
+
+def leave(error) -> None:
+    """The device is lost to this process."""
+    print(first_lines(error), file=sys.stderr, flush=True)
+    os._exit(3)
 
 
 def work(options) -> None:
@@ -94,9 +103,12 @@ def work(options) -> None:
             if time.monotonic() > end or len(rows) >= options.calls:
                 break
             nest = case.nest()
-            if case.label in task["skip"] or not on_cpu(op, nest):
+            if case.label in task["skip"]:
                 continue
             channel.at(case.label)
+            if not judge_cases.cpu_takes(op, nest) or not native_takes(op, nest):
+                continue
+            channel.at(case.label, "with plans")
             try:
                 first, second = copy_tree(nest, "flagos"), copy_tree(nest, "flagos")
                 with torch.no_grad(), torch_fl.route({op: BACKEND}):
@@ -104,9 +116,8 @@ def work(options) -> None:
                     if kind == "as it is" and verdict in ("equal", "refused") and scaled(nest, 1):
                         row = judge_numbers(op, judge_cases.overload(op), nest, not null_cuda.active())
                         rows.append([row[0], row[1][:400], "other numbers", case.label])
-            except torch.AcceleratorError as error:  # the device is lost to this process
-                print(first_lines(error), file=sys.stderr, flush=True)
-                os._exit(3)
+            except torch.AcceleratorError as error:
+                leave(error)
             except Exception as error:
                 verdict, why = "raises", f"{type(error).__name__}: {first_lines(error, 120)}"
             rows.append([verdict, why[:400], kind, case.label])
@@ -178,9 +189,10 @@ def sweep(options, write) -> dict:
             written = time.monotonic()
 
     def crashed(crash):
-        label = crash.at[0] if crash.at else "start"
-        row = ["raises", f"{crash.how}: {next((line for line in reversed(crash.tail) if line), '')}"[:400], "", label]
-        found.setdefault(crash.task["op"], []).append(row)
+        label, *where = crash.at or ["start"]
+        if where or label == "start":  # else the native kernel ended it, which says nothing of plans
+            what = f"{crash.how}: {next((line for line in reversed(crash.tail) if line), '')}"
+            found.setdefault(crash.task["op"], []).append(["raises", what[:400], "", label])
         if label == "start" or len(crash.task["skip"]) > 3:
             return None
         return {**crash.task, "skip": [*crash.task["skip"], label]}

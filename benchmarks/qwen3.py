@@ -7,9 +7,10 @@
 Parts: `decode` decodes eagerly; `graph` replays the decode step as one graph, stock captured by the same code, and says
 how many leading tokens are those of eager decoding on the same device, since the recorded step fuses norms; `train`
 takes AdamW steps and compares the losses of the first ten bit by bit, and peak memory. Each device has a process of its
-own, on the same few cores, and they take turns of about half a second, so that a pair sees the same machine; only one
-works at a time. Because a process can be lucky for all its life, the pairs are spread over several generations of
-processes. Figures are medians over pairs, and those of each generation are listed.
+own, on the same few cores, and they take turns of one token, one training step or one replayed text, so that a pair
+sees the same machine even where its speed changes twofold within a second; only one works at a time. Because a process
+can be lucky for all its life, the pairs are spread over several generations of processes. Figures are medians over
+pairs, and those of each generation are listed.
 """
 
 from __future__ import annotations
@@ -80,23 +81,33 @@ class Decoder:
         self.prompt = torch.randint(0, vocabulary, (1, PROMPT), generator=generator).to(device)
 
     @torch.no_grad()
-    def round(self, tokens: int):
-        """(tokens per second, the tokens) of one continuation of the prompt; the prompt itself is not timed."""
+    def begin(self) -> None:
+        """Reads the prompt."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(input_ids=self.prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1:].argmax(-1)
-        chosen = [token]
+        self.cache = DynamicCache(config=self.model.config)
+        logits = self.model(input_ids=self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.chosen = [logits[:, -1:].argmax(-1)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        logits = self.model(input_ids=self.chosen[-1], past_key_values=self.cache, use_cache=True).logits
+        self.chosen.append(logits[:, -1:].argmax(-1))
+
+    def steps(self, tokens: int) -> float:
+        """Seconds that the next tokens take."""
         common.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(tokens):
-            logits = self.model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            token = logits[:, -1:].argmax(-1)
-            chosen.append(token)
+            self.step()
         common.synchronize(self.device)
-        seconds = time.perf_counter() - start
-        return tokens / seconds, torch.cat(chosen, 1)[0].tolist()
+        return time.perf_counter() - start
+
+    def round(self, tokens: int):
+        """(tokens per second, the tokens) of one continuation of the prompt; the prompt itself is not timed."""
+        self.begin()
+        speed = tokens / self.steps(tokens)
+        return speed, torch.cat(self.chosen, 1)[0].tolist()
 
 
 # ---- a worker's side -----------------------------------------------------------------------------------------------
@@ -143,10 +154,14 @@ class Work:
         self.eager = Decoder(self.model, self.device, self.vocabulary)
         for _ in range(2):
             self.eager.round(tokens)
+        self.tokens = tokens
 
-    def decode(self, tokens):
-        speed, chosen = self.eager.round(tokens)
-        return {"tokens_per_second": speed, "tokens": chosen}
+    def decode(self):
+        """One turn: a token; after so many of them the prompt, which is not timed, is read again."""
+        if len(self.eager.chosen) > self.tokens:
+            self.eager.begin()
+        seconds = self.eager.steps(1)
+        return {"seconds": seconds, "token": int(self.eager.chosen[-1])}
 
     def start_graph(self, compare):
         """Records; `compare`: decodes the same eagerly, which takes a while, to say how many leading tokens agree."""
@@ -196,13 +211,14 @@ class Work:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def train(self, steps):
+    def train(self):
+        """One turn: a step."""
+        self.data.append(self.data.pop(0))
         common.synchronize(self.device)
         start = time.perf_counter()
-        for k in range(steps):
-            self.step(self.data[k % len(self.data)])
+        self.step(self.data[-1])
         common.synchronize(self.device)
-        return {"ms_per_step": (time.perf_counter() - start) * 1e3 / steps}
+        return {"seconds": time.perf_counter() - start}
 
 
 # ---- both sides ----------------------------------------------------------------------------------------------------
@@ -215,6 +231,19 @@ class Answers:
         self.pairs = {part: [] for part in PARTS}
         self.starts = {part: [] for part in PARTS}
         self.roofline = None
+
+
+def merge_decode(turns: list[dict]) -> dict:
+    """A pair's tokens from its turns."""
+    seconds = sum(turn["seconds"] for turn in turns)
+    return {"tokens_per_second": len(turns) / seconds, "tokens": [turn["token"] for turn in turns]}
+
+
+def merge_train(turns: list[dict]) -> dict:
+    return {"steps_per_second": len(turns) / sum(turn["seconds"] for turn in turns)}
+
+
+MERGE = {"decode": merge_decode, "train": merge_train}
 
 
 def run_generation(options, devices, generation, budget, answers, save) -> None:
@@ -230,8 +259,8 @@ def run_generation(options, devices, generation, budget, answers, save) -> None:
                 given = {"compare": not answers.starts[part]} if part == "graph" else {}
                 answers.starts[part].append(common.both(pair, f"start_{part}", budget, **given))
             share = common.Budget(generation.left() / (len(parts) - number))
-            given = {"decode": {"tokens": options.tokens}, "train": {"steps": options.steps}}.get(part, {})
-            made = common.alternate(pair, part, each, share, budget, **given)
+            turns = {"decode": options.tokens, "train": options.steps}.get(part, 1)
+            made = common.alternate(pair, part, each, share, budget, turns, MERGE.get(part))
             answers.pairs[part] += [[one | {"process": pair[0].process.pid} for one in two] for two in made]
             if part == "graph" and answers.roofline is None:
                 answers.roofline = pair[1].ask("roofline", budget)
@@ -281,11 +310,9 @@ def judge_graph(pairs, starts, roofline, decode) -> dict:
 
 
 def judge_train(pairs, starts) -> dict:
-    # Steps per second, so that above 1 means that the second device is faster, as in the other parts.
-    pairs = [[{"steps_per_second": 1e3 / o["ms_per_step"], **o} if "ms_per_step" in o else o for o in p] for p in pairs]
     result = judge_speeds(pairs, starts, "steps_per_second")
     if "all" in result:
-        result["ms_per_step"] = [statistics.median(1e3 / pair[k] for pair in result["all"]) for k in (0, 1)]
+        result["ms_per_step"] = [round(statistics.median(1e3 / pair[k] for pair in result["all"]), 3) for k in (0, 1)]
     complete = common.good(starts)
     if complete:
         result["losses"] = [float.fromhex(x) for x in complete[0][1]["losses"]]
@@ -339,10 +366,10 @@ def main(argv=None) -> int:
     parser.add_argument("--pair", default="cuda,flagos", help="two devices: stock, ours")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--pairs", type=int, default=48, help="pairs of turns per part, over all processes")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs per part, over all processes")
     parser.add_argument("--processes", type=int, default=6, help="generations of processes")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens per turn of eager decoding")
-    parser.add_argument("--steps", type=int, default=3, help="training steps per turn")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per pair of eager decoding, and of a text")
+    parser.add_argument("--steps", type=int, default=3, help="training steps per pair")
     parser.add_argument("--limit", type=float, default=440, help="seconds for everything")
     parser.add_argument("--out", help="folder for qwen3.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -57,7 +57,7 @@ def arguments(argv=None):
     parser.add_argument("--ops", default="", help="regular expression on the operator's name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for the whole run")
-    parser.add_argument("--op-budget", type=float, default=90.0, help="seconds for one operator's cases")
+    parser.add_argument("--op-budget", type=float, default=180.0, help="seconds for one operator's cases")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a sign of life = a hang")
     parser.add_argument("--most", type=int, default=100, help="cases of one operator at most")
     parser.add_argument("--dtypes", default="", help="dtypes to try, separated by commas (default: all)")

@@ -182,7 +182,7 @@ def arithmetic():
                 with torch_fl.route({op: backend}), torch_fl.strict(False), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     difference = (call(a.to("flagos")).cpu() - call(a)).abs().max().item()
-            except RuntimeError as error:
+            except Exception as error:
                 if "backend not registered" not in str(error):
                     raise RuntimeError(f"{backend}: {op}: {error}") from error
                 absent[op] = str(error).splitlines()[0]

@@ -30,9 +30,13 @@ def bit_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         return False
     if actual.numel() == 0:
         return True
+    return torch.equal(bytes_of(actual), bytes_of(expected))
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor on the CPU as one row of bytes."""
     # clone: contiguous() leaves a stride other than 1 on a dimension of size 1, which view(dtype) refuses
-    a, b = (t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for t in (actual, expected))
-    return torch.equal(a, b)
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def same_values(actual, expected, where: str, rtol=None, atol=None) -> bool:

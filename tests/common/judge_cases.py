@@ -9,7 +9,9 @@ operator gives the same cases in every process.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -44,6 +46,28 @@ def overload(op: str):
     """torch.ops.aten's overload of a name such as "add.Tensor"."""
     name, _, which = op.partition(".")
     return getattr(getattr(torch.ops.aten, name), which or "default")
+
+
+def cpu_takes(op: str, nest, seconds: int = 20) -> bool:
+    """Whether the CPU takes a call: what it refuses, or dies of, may be an illegal access elsewhere. Asked in a forked
+    process, because some kernels write where they should not before they are through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are other threads: the child calls none of them
+        child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    signal.alarm(seconds)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    refused = 1
+    try:
+        args, kwargs = copy_tree(nest, "cpu")
+        with torch.no_grad():
+            overload(op)(*args, **kwargs)
+        refused = 0
+    except NotImplementedError:  # not known to be wrong
+        refused = 0
+    finally:
+        os._exit(refused)
 
 
 def plain_name(func) -> str:

@@ -2,7 +2,8 @@
 
 A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
 nonempty, nonscalar, same_shape, same_dtype, several, defaults, max_numel. Of all sets of limits under which no case
-fails, the one that keeps most passing cases is taken, and of those the smallest.
+fails, the one that keeps most passing cases is taken, and of those the smallest. What no case has tried is not
+promised: nor are dtypes, strides, sizes of zero or tensors without dimensions.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+from tests.common import judge_cases
+
 FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
+TRIED = ("contiguous", "nonempty", "nonscalar")  # not given up before a case without them has passed
 STRIDES = "strides are"  # in the message of a case whose result has other strides
 VALUES = ("special", "infinite", "negative")  # last words of the labels of cases with other values
+LAYOUTS = (*judge_cases.LAYOUTS, "broadcast", "mixed", "scalar")  # likewise of cases with other sizes, strides, dtypes
 ENOUGH = 3  # passing cases without which nothing is called right
 
 
@@ -30,8 +35,16 @@ class Outcome:
     @property
     def values(self) -> str:
         """Which other values its sample was given; "" when it has its own."""
+        return self._word(VALUES)
+
+    @property
+    def layout(self) -> str:
+        """Which other sizes, strides or dtypes its sample was given; "" when it has its own."""
+        return self._word(LAYOUTS)
+
+    def _word(self, known) -> str:
         word = self.label.split()[-1]
-        return word if word in VALUES else ""
+        return word if word in known else ""
 
 
 def features(tensors, dtypes=()) -> dict:
@@ -59,8 +72,13 @@ def features(tensors, dtypes=()) -> dict:
 def _dtypes(passed, failed):
     """The dtypes of the passing cases without those that have to go so that no case fails; None when nothing is left.
 
-    The dtype goes first that takes most failures with it for each passing case that it costs."""
+    The dtype goes first that takes most failures with it for each passing case that it costs. Where a dtype that passes
+    with its own samples fails with another layout, the layout is to blame: only dtypes stay that pass with it."""
+    plain = {tuple(o.dtypes) for o in passed if not o.layout}
+    blamed = {o.layout for o in failed if o.layout and tuple(o.dtypes) in plain}
     allowed = {d for o in passed for d in o.dtypes}
+    for layout in blamed:
+        allowed &= {d for o in passed if o.layout == layout for d in o.dtypes}
     while True:
         left = [o for o in failed if set(o.dtypes) <= allowed]
         if not left:
@@ -91,7 +109,7 @@ def verdict(outcomes: list[Outcome], note: str = "") -> dict:
         if len(passed) < ENOUGH:
             only = f"only {len(passed)} cases could be tried{'; ' if note else ''}{note}"
             return {"verdict": "unjudged", "why": only, **counts}
-        return _right({}, {d for o in passed for d in o.dtypes}, counts, None)
+        return _right({}, {d for o in passed for d in o.dtypes}, counts, None, passed)
     # Other strides than the native kernel's are a matter of layout: no dtype or size is to blame for them.
     needed = {"contiguous"} if any(STRIDES in o.message and "contiguous" not in o.flags for o in failed) else set()
     best = None
@@ -123,22 +141,23 @@ def verdict(outcomes: list[Outcome], note: str = "") -> dict:
                 # A limit on the size may cost nothing that was tried; it is taken only when nothing else will do.
                 score = (len(kept), most is None, -len(flags))
                 if len(kept) >= ENOUGH and (best is None or score > best[0]):
-                    best = (score, flags, most, dtypes)
+                    best = (score, flags, most, dtypes, kept)
     first = failed[0]
     if best is None:
         return {"verdict": "wrong", "why": first.message, "reproducer": first.label, "call": first.call, **counts}
-    _, flags, most, dtypes = best
+    _, flags, most, dtypes, kept = best
     limits = {flag: True for flag in flags if flag in FLAGS}
     if defaults := [flag[1:] for flag in flags if flag not in FLAGS]:
         limits["defaults"] = defaults
     if most is not None:
         limits["max_numel"] = most
-    return _right(limits, dtypes, counts, first)
+    return _right(limits, dtypes, counts, first, kept)
 
 
-def _right(limits, dtypes, counts, failure):
+def _right(limits, dtypes, counts, failure, kept):
     entry = {"verdict": "right"}
-    # Only what was tried: a dtype that no case had is not promised.
+    if any(o.dtypes for o in kept):  # else there are no tensors
+        limits = limits | {flag: True for flag in TRIED if all(flag in o.flags for o in kept)}
     limits = {**({"dtypes": sorted(dtypes)} if dtypes else {}), **limits}
     if limits:
         entry["limits"] = limits

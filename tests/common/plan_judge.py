@@ -14,7 +14,7 @@ import torch
 
 import torch_fl
 from tests.common import null_cuda
-from tests.common.compare import first_lines, to_host
+from tests.common.compare import bytes_of, first_lines, to_host
 from tests.common.samples import copy_tree, tensors_in
 from torch_fl import _C
 
@@ -209,13 +209,12 @@ def after_effects(result, arguments) -> list[tuple]:
     """Everything that a call leaves: each result, and the whole memory of each argument, with its bytes."""
     rows = []
     for t in tensors_in(result):
-        host = to_host(t).contiguous().reshape(-1)
-        rows.append(("result", t.dtype, tuple(t.shape), t.stride(), host.view(torch.uint8)))
+        rows.append(("result", t.dtype, tuple(t.shape), t.stride(), bytes_of(to_host(t))))
     for t in tensors_in(arguments):
         if t.is_flagos:
             size = t.untyped_storage().nbytes() // t.itemsize
             flat = t.detach().new_empty(0).set_(t.untyped_storage(), 0, (size,), (1,))
-            rows.append(("argument", t.dtype, tuple(t.shape), t.stride(), to_host(flat).view(torch.uint8)))
+            rows.append(("argument", t.dtype, tuple(t.shape), t.stride(), bytes_of(to_host(flat))))
     return rows
 
 

@@ -11,8 +11,10 @@ import textwrap
 
 def run_python(code: str, timeout: float = 120, **env: str | None) -> subprocess.CompletedProcess:
     """Runs `code`; keyword arguments are environment variables, None removes one. FLAGOS_* of the caller are not
-    inherited, so that a test means the same whatever the developer has exported."""
+    inherited, so that a test means the same whatever the developer has exported, nor what torch_fl has set for FlagGems
+    on the chip of this process."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOS_") or k == "FLAGOS_ACCELERATOR"}
+    keep = {k: v for k, v in keep.items() if k not in ("GEMS_VENDOR", "FLAGGEMS_DB_URL")}
     for name, value in env.items():
         if value is None:
             keep.pop(name, None)

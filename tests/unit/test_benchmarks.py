@@ -22,7 +22,7 @@ def start(device, losses=("0x1.0p+0",), peak=1000):
 
 
 def turns(cuda, flagos):
-    return [[{"ms_per_step": cuda}, {"ms_per_step": flagos}]]
+    return [[qwen3.merge_train([{"seconds": ms / 1e3}] * 2) for ms in (cuda, flagos)]]
 
 
 def test_ratio_is_the_median_of_pairs():
@@ -40,7 +40,7 @@ def test_other_tokens_are_seen():
 def test_other_losses_are_seen():
     good = qwen3.judge_train(turns(11.0, 5.0), [[start("cuda"), start("flagos", peak=1010)]])
     assert good["losses_bit_equal"] and good["peak_allocated"]["ratio"] == 1.01
-    assert good["steps_per_second"]["ratio"] == 2.2  # 11 ms against 5
+    assert good["steps_per_second"]["ratio"] == 2.2 and good["ms_per_step"] == [11.0, 5.0]
     other = [[start("cuda"), start("flagos", losses=["0x1.1p+0"])]]
     assert not qwen3.judge_train(turns(1.0, 1.0), other)["losses_bit_equal"]
 
@@ -99,6 +99,11 @@ def test_workers_take_turns_and_do_not_load_torch_fl_for_stock(script):
         assert [one["sum"] for one in common.both(pair, "add", budget, a=1, b=2)] == [3, 3]
         pairs = common.alternate(pair, "add", 3, budget, budget, a=2, b=2)
     assert [[(one["device"], one["sum"]) for one in p] for p in pairs] == [[("cpu", 4), ("cuda", 4)]] * 3
+    with common.workers(script, [], ["cpu", "cpu"]) as pair:
+        merged = common.alternate(pair, "add", 2, budget, budget, 3, lambda turns: {"turns": len(turns)}, a=1, b=1)
+        failed = common.alternate(pair, "fail", 2, budget, budget, 3, lambda turns: {"turns": len(turns)})
+    assert merged == [[{"turns": 3}] * 2] * 2
+    assert len(failed) == 1 and all("no kernel" in one["error"] for one in failed[0])
     assert not pairs[0][1]["loaded"] and pairs[0][1]["arguments"] == ["--worker", "--device", "cuda", "last"]
 
 

@@ -38,6 +38,11 @@ def dense(*dtypes, count=4):
     return [case(dtypes=[d]) for d in dtypes for _ in range(count)]
 
 
+def loose(*dtypes):
+    """Passing cases that need none of the limits which hold for what no case tried."""
+    return [case(dtypes=[d], without=[flag]) for d in dtypes for flag in judge_limits.TRIED]
+
+
 RECORDED = {
     "mul.Tensor": [
         *dense("float32", "float16"),
@@ -106,20 +111,42 @@ def test_the_shipped_verdicts():
 
 
 def test_no_limit_without_a_failure():
-    entry = verdict([*dense("float32", "int64"), case(without=["contiguous", "same_shape"])])
-    assert entry == {"verdict": "right", "limits": {"dtypes": ["float32", "int64"]}, "cases": 9, "passed": 9}
+    entry = verdict([*dense("float32", "int64"), *loose("float32"), case(without=["contiguous", "same_shape"])])
+    assert entry == {"verdict": "right", "limits": {"dtypes": ["float32", "int64"]}, "cases": 12, "passed": 12}
+
+
+def test_what_no_case_tried_is_not_promised():
+    limits = verdict([*dense("float32"), case(without=["nonscalar"])])["limits"]
+    assert limits == {"dtypes": ["float32"], "contiguous": True, "nonempty": True}
+    failed = case("failed", without=["same_shape"])
+    assert verdict([*dense("float32"), case(without=["contiguous"]), failed])["limits"] == {
+        "dtypes": ["float32"], "same_shape": True, "nonempty": True, "nonscalar": True
+    }  # fmt: skip
+    assert "limits" not in verdict([case(dtypes=[]) for _ in range(3)])  # no tensors
+
+
+def test_a_layout_is_to_blame_where_the_dtype_passes_without_it():
+    """Other dtypes that it was not tried with are no way out, but those that pass with it are."""
+    broadcast = case("failed", without=["same_shape"], label="x float32 0 broadcast")
+    numbers = [case(dtypes=[d], without=["same_shape"], label=f"x {d} 1") for d in ("int64", "int32", "int8") * 2]
+    entry = verdict([*dense("float32"), *loose("float32"), *numbers, broadcast])
+    assert entry["limits"] == {"dtypes": ["float32"], "same_shape": True}
+    tried = [case(dtypes=[d], without=["same_shape"], label=f"x {d} 0 broadcast") for d in ("int64", "int32", "int8")]
+    entry = verdict([*dense("float32"), *loose("int64"), *numbers, broadcast, *tried])
+    assert entry["limits"] == {"dtypes": ["int32", "int64", "int8"]}
 
 
 def test_the_smallest_limits_that_keep_most():
     """One dtype is to blame, not the layout that its case happens to have."""
     failed = [case("failed", dtypes=["float64"], without=["contiguous"]), case("failed", dtypes=["float64"])]
     strided = [case(without=["contiguous"]) for _ in range(5)]
-    assert verdict([*dense("float32"), *strided, *failed])["limits"] == {"dtypes": ["float32"]}
+    assert verdict([*dense("float32"), *loose("float32"), *strided, *failed])["limits"] == {"dtypes": ["float32"]}
 
 
 def test_a_size_is_a_limit_only_when_nothing_else_is():
     large = case("failed", numel=1 << 20)
-    assert verdict([*dense("float32"), large])["limits"] == {"dtypes": ["float32"], "max_numel": (1 << 20) - 1}
+    limits = verdict([*dense("float32"), *loose("float32"), large])["limits"]
+    assert limits == {"dtypes": ["float32"], "max_numel": (1 << 20) - 1}
 
 
 def test_no_case_fails_within_the_limits():
@@ -183,11 +210,11 @@ def test_differences():
 
 def test_arguments_that_must_have_their_default():
     """A kernel that refuses one value of an argument serves every dtype without it."""
-    cases = [*dense("float32", "float16"), case("failed", message="raises AssertionError", changed=["sparse"])]
+    cases = [*dense("float32"), *loose("float16"), case("failed", message="raises AssertionError", changed=["sparse"])]
     cases += [case(changed=["padding_idx"]), case("failed", dtypes=["float16"], changed=["padding_idx", "sparse"])]
     entry = verdict(cases)
     assert entry["limits"] == {"dtypes": ["float16", "float32"], "defaults": ["sparse"]}, entry
-    assert entry["passed"] == 9
+    assert entry["passed"] == 8
 
 
 def test_changed_arguments():
@@ -200,7 +227,8 @@ def test_changed_arguments():
 
 def test_a_dtype_is_not_to_blame_for_values_that_no_other_one_had():
     cases = [
-        *dense("float32", "float16"),
+        *dense("float32"),
+        *loose("float16"),
         case("failed", label="x float32 0 negative"),
         case(label="x float32 1 special"),
     ]

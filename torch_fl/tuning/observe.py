@@ -166,13 +166,19 @@ class Observer(TorchDispatchMode):
         self._choice = functools.cache(choice)
         self._routed = frozenset(routing.get_registered_ops())
         self._composed: dict[object, bool] = {}
+        self._depth = 0  # __torch_dispatch__ enters it again
 
     def __enter__(self):
-        self.counts = self._stack.enter_context(routing.count_ops())
+        if self._depth == 0:
+            self.counts = self._stack.enter_context(routing.count_ops())
+        self._depth += 1
         return super().__enter__()
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
+        self._depth -= 1
+        if self._depth:
+            return
         self._stack.close()
         for group in self.groups.values():
             if group.samples:
