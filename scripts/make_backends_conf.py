@@ -2,11 +2,14 @@
 """Makes torch_fl/backends.conf from what benchmarks/tuned.py has measured.
 
     python benchmarks/tuned.py --out benchmarks/results
-    python scripts/make_backends_conf.py benchmarks/results/tuned.json --out torch_fl/backends.conf
+    python benchmarks/plan_sweep.py --json benchmarks/results/plans_cuda.json
+    python scripts/make_backends_conf.py benchmarks/results/tuned.json --plans benchmarks/results/plans_cuda.json \
+        --out torch_fl/backends.conf
     python benchmarks/tuned.py --out benchmarks/results          # `shipped` is now this conf: it must not be below 1
 
 The shipped conf also holds on machines without FlagGems, so it names none of its backends: an operator for which the
-default (a FlagGems kernel that is judged right) was not faster on the measured calls gets `native`, the others none.
+default (a FlagGems kernel that is judged right) was not faster on the measured calls gets `native`, and so does one of
+which no call can have a launch plan, because Python then serves each at several times native's host time; others none.
 Refused when the tuned routes gave wrong tokens or losses, or were slower than native beyond native's own spread.
 """
 
@@ -38,7 +41,17 @@ def refusal(data: dict) -> str:
     return ""
 
 
-def conf(data: dict) -> str:
+def never_replayed(plans: dict) -> set[str]:
+    """The operators of which every call that was tried is refused a launch plan."""
+    found = set()
+    for op, verdicts in plans["by operator"].items():
+        words = {verdict.split(":")[0] for verdict in verdicts}
+        if "refused" in words and "equal" not in words:
+            found.add(op)
+    return found
+
+
+def conf(data: dict, plans: dict | None = None) -> str:
     """The text of the conf file."""
     tuning = data["tuning"]
     by_op: dict[str, list[choose.Row]] = {}
@@ -63,12 +76,23 @@ def conf(data: dict) -> str:
     ]
     if better:
         lines += ["# FlagGems was faster, and serves where it is installed:", *(f"#   {op}" for op in better)]
-    return "\n".join([*lines, "", *(f"{op} = native" for op in sorted(native))]) + "\n"
+    lines += ["", *(f"{op} = native" for op in sorted(native))]
+    if slow := sorted(never_replayed(plans) - set(by_op)) if plans else []:
+        lines += [
+            "",
+            "# FlagGems' kernel is right, but its calls cannot be replayed from launch plans: each would run in",
+        ]
+        lines += [
+            "# Python, at several times native's host time (benchmarks/plan_sweep.py).",
+            *(f"{op} = native" for op in slow),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, help="tuned.json of benchmarks/tuned.py")
+    parser.add_argument("--plans", type=Path, help="plans_cuda.json of benchmarks/plan_sweep.py")
     parser.add_argument("--out", type=Path, help="the conf file to write (default: print it)")
     options = parser.parse_args(argv)
     data = json.loads(options.result.read_text(encoding="utf-8"))
@@ -76,7 +100,7 @@ def main(argv=None) -> int:
     if why:
         print(f"make_backends_conf: {options.result}: {why}", file=sys.stderr)
         return 1
-    text = conf(data)
+    text = conf(data, json.loads(options.plans.read_text(encoding="utf-8")) if options.plans else None)
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     else:

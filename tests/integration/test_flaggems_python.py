@@ -86,11 +86,19 @@ def test_the_log_names_who_serves():
     ], served
 
 
-def test_nothing_is_used_without_verdicts():
+@pytest.fixture
+def no_verdicts(tmp_path):
+    """A file of verdicts that holds none: this machine may have some."""
+    path = tmp_path / "verdicts.json"
+    path.write_text('{"ops": {}}')
+    return str(path)
+
+
+def test_nothing_is_used_without_verdicts(no_verdicts):
     out = check_python(
         "import sys, torch_fl\nprint(torch_fl.is_flaggems_enabled(), 'flag_gems' in sys.modules)\n"
         "print(torch_fl.explain('mm'))",
-        **environment(FLAGOS_FLAGGEMS_VERDICTS=None),
+        **environment(FLAGOS_FLAGGEMS_VERDICTS=no_verdicts),
     )
     assert out.startswith("False False") and "not judged yet for FlagGems 5.0.2" in out
 
@@ -167,8 +175,9 @@ def test_bad_verdict_file(tmp_path):
     assert result.returncode != 0 and f"ValueError: {path}: mm: verdict 'maybe'" in result.stderr, result.stderr[-2000:]
 
 
-def test_the_list_of_operators():
+def test_the_list_of_operators(no_verdicts, monkeypatch):
     """Nearly every name is an operator of torch, and a composed one is never served whole."""
+    monkeypatch.setenv("FLAGOS_FLAGGEMS_VERDICTS", no_verdicts)
     from torch_fl import flaggems, integration
 
     names = flaggems.operators("5.0.2")

@@ -208,3 +208,17 @@ def test_without_flaggems_there_is_nothing_to_choose(tmp_path):
 def test_a_clock_that_is_none():
     with pytest.raises(ValueError, match=r"wall.*both, host, device"):
         torch_fl.tune(clock="wall")
+
+
+def test_the_host_s_time_is_counted_through_composed_operators():
+    """It says what is measured first when there is not time for all."""
+    import torch
+
+    from torch_fl.tuning import _host_times
+    from torch_fl.tuning.observe import Observer
+
+    x = torch.ones(64, 64, device="flagos")
+    with Observer() as observer:
+        torch.rot90(x)  # composed: the observer looks inside
+        x.tan()
+    assert _host_times(observer)["tan"] > 0

@@ -213,6 +213,16 @@ def test_the_shipped_conf_is_made_of_a_measurement():
     assert "#   silu" in lines and any("Some GPU" in line for line in lines) and any("1.02" in line for line in lines)
 
 
+def test_an_operator_stays_native_of_which_calls_were_not_measured_or_have_no_plan():
+    result = tuned_result()
+    silu = result["tuning"]["rows"][0]
+    result["tuning"]["rows"].append(silu | {"low": 64, "high": 511, "clocks": {}, "why": "the time was over"})
+    calls = {"tanh": {"equal": 3, "refused: waits": 1}, "rand": {"refused: waits": 4}, "tan": {"outside": 4}}
+    lines = make_backends_conf.conf(result, {"by operator": calls}).splitlines()
+    routes = [line for line in lines if not line.startswith("#") and line]
+    assert routes == ["mm = native", "normal_ = native", "silu = native", "rand = native"]
+
+
 def test_no_conf_is_made_of_a_bad_measurement():
     assert make_backends_conf.refusal(tuned_result()) == ""
     assert "slower than native: prefill 0.95" in make_backends_conf.refusal(tuned_result(ratio=0.95))

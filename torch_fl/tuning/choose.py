@@ -162,13 +162,12 @@ def _why_native(rows, won, native) -> str:
 def portable(rows: list[Row], clock: str) -> str | None:
     """The backend for a conf that holds with and without FlagGems: "native", or None where the default is better.
 
-    It knows no conditions, so that it costs nothing where there is no FlagGems.
+    It knows no conditions, so that it costs nothing where there is no FlagGems; so every group has to be measured.
     """
-    measured = [row for row in rows if not row.why]
     default = rows[0].default
     if default == rows[0].native:
         return None
-    right = default not in banned(rows) and measured and all(default in row.clocks for row in measured)
-    if right and _wins(*_total(measured, lambda _: (default, 1.0)), clock):
+    right = default not in banned(rows) and all(default in row.clocks and not row.why for row in rows)
+    if right and _wins(*_total(rows, lambda _: (default, 1.0)), clock):
         return None
     return "native"
