@@ -129,7 +129,7 @@ class Worker:
 
     It stays between questions, so that two devices can take turns within a second of each other, each in a process of
     its own. After an error it is gone, and every further answer is that error. With `cores`, all workers share that
-    many of the machine's: where others have a part in a machine, its cores are not equally fast.
+    many of the machine's (the last ones).
     """
 
     def __init__(self, script: str, arguments: list[str], device: str, cores: int | None = None):
@@ -142,8 +142,14 @@ class Worker:
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, bufsize=0
         )
-        if cores is not None:  # before it has started its threads
-            os.sched_setaffinity(self.process.pid, sorted(os.sched_getaffinity(0))[-cores:])
+        self.keep_to(last_cores(cores))  # before it has started its threads
+
+    def keep_to(self, cores: list[int]) -> None:
+        """Moves the process with all its threads to some of the machine's cores."""
+        self.cores = cores
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
+                os.sched_setaffinity(int(thread), cores)
 
     def tell(self, do: str, **options) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -197,6 +203,11 @@ class Worker:
         self.stderr.close()
 
 
+def last_cores(count: int | None) -> list[int]:
+    """The last of the machine's cores that this process may use; None: all of them."""
+    return sorted(os.sched_getaffinity(0))[-(count or 0) :]
+
+
 @contextlib.contextmanager
 def workers(script: str, arguments: list[str], devices: list[str], cores: int | None = None):
     """One worker per device; they start side by side."""
@@ -206,6 +217,19 @@ def workers(script: str, arguments: list[str], devices: list[str], cores: int | 
     finally:
         for worker in made:
             worker.close()
+
+
+@contextlib.contextmanager
+def kept_to(pair: list[Worker], core: int):
+    """Workers take their turns on one core inside, and may use the cores that they had at its end."""
+    before = [worker.cores for worker in pair]
+    for worker in pair:
+        worker.keep_to([core])
+    try:
+        yield
+    finally:
+        for worker, cores in zip(pair, before, strict=True):
+            worker.keep_to(cores)
 
 
 def both(pair: list[Worker], do: str, budget: Budget, **options) -> list[dict]:

@@ -7,10 +7,10 @@
 Parts: `decode` decodes eagerly; `graph` replays the decode step as one graph, stock captured by the same code, and says
 how many leading tokens are those of eager decoding on the same device, since the recorded step fuses norms; `train`
 takes AdamW steps and compares the losses of the first ten bit by bit, and peak memory. Each device has a process of its
-own, on the same few cores, and they take turns of one token, one training step or one replayed text, so that a pair
-sees the same machine even where its speed changes twofold within a second; only one works at a time. Because a process
-can be lucky for all its life, the pairs are spread over several generations of processes. Figures are medians over
-pairs, and those of each generation are listed.
+own, and they take turns of one token, one training step or one replayed text on one core of the machine, another one
+in each generation of processes, so that a pair sees the same machine even where others share it and its cores change
+their speed twofold within a second; only one works at a time. Figures are medians over pairs, and those of each
+generation are listed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks import common  # noqa: E402
 
 PARTS = ("decode", "graph", "train")
 PROMPT = 64
+CORES = 4  # of the machine, for both processes
 SIZES = {
     # The values of the published Qwen3-0.6B configuration.
     "full": {
@@ -146,6 +147,7 @@ class Work:
 
     def __init__(self, options):
         common.load(options.device)
+        torch.set_num_threads(1)  # it is timed on one core
         self.size, self.device, self.full = options.size, options.device, options.size == "full"
         self.vocabulary = SIZES[options.size]["vocab_size"]
 
@@ -246,12 +248,13 @@ def merge_train(turns: list[dict]) -> dict:
 MERGE = {"decode": merge_decode, "train": merge_train}
 
 
-def run_generation(options, devices, generation, budget, answers, save) -> None:
-    """One process per device, through all parts, which have equal shares of what is left of the generation's time."""
+def run_generation(options, devices, core, generation, budget, answers, save) -> None:
+    """One process per device, through all parts, which have equal shares of what is left of the generation's time.
+    They start on all of CORES, and are timed on one of them."""
     script = str(Path(__file__).resolve())
     parts = [part for part in PARTS if part in options.parts.split(",")]
     each = -(-options.pairs // options.processes)
-    with common.workers(script, ["--size", options.size], devices, cores=4) as pair:
+    with common.workers(script, ["--size", options.size], devices, CORES) as pair:
         if "decode" in parts or "graph" in parts:
             answers.starts["decode"].append(common.both(pair, "start_decode", budget, tokens=options.tokens))
         for number, part in enumerate(parts):
@@ -260,7 +263,8 @@ def run_generation(options, devices, generation, budget, answers, save) -> None:
                 answers.starts[part].append(common.both(pair, f"start_{part}", budget, **given))
             share = common.Budget(generation.left() / (len(parts) - number))
             turns = {"decode": options.tokens, "train": options.steps}.get(part, 1)
-            made = common.alternate(pair, part, each, share, budget, turns, MERGE.get(part))
+            with common.kept_to(pair, core):
+                made = common.alternate(pair, part, each, share, budget, turns, MERGE.get(part))
             answers.pairs[part] += [[one | {"process": pair[0].process.pid} for one in two] for two in made]
             if part == "graph" and answers.roofline is None:
                 answers.roofline = pair[1].ask("roofline", budget)
@@ -387,6 +391,7 @@ def main(argv=None) -> int:
     data |= {"size": options.size, "where": common.where(devices[1]), "limit": options.limit, "parts": {}}
     print(", ".join(f"{k} {v}" for k, v in data["where"].items()), flush=True)
     answers = Answers()
+    cores = common.last_cores(CORES)
 
     def save():
         data["parts"] = judge(answers, options.parts.split(","))
@@ -397,7 +402,8 @@ def main(argv=None) -> int:
             print(f"{number} of {options.processes} generations: the time is over", flush=True)
             break
         generation = common.Budget((budget.left() - 10) / (options.processes - number))  # the last turn needs time too
-        run_generation(options, devices, generation, budget, answers, save)
+        core = cores[-1 - number % len(cores)]
+        run_generation(options, devices, core, generation, budget, answers, save)
     save()
     for part, result in data["parts"].items():
         show_part(part, devices, result)

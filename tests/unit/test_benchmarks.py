@@ -131,6 +131,10 @@ def test_workers_share_the_cores_they_are_given(script):
         assert pair[0].ask("add", common.Budget(120), a=1, b=1)["sum"] == 2
         first, second = (os.sched_getaffinity(worker.process.pid) for worker in pair)
     assert len(first) == 1 and first == second
+    with common.workers(script, [], ["cpu", "cpu"]) as pair:
+        with common.kept_to(pair, common.last_cores(1)[0]):
+            assert [os.sched_getaffinity(worker.process.pid) for worker in pair] == [first, second]
+        assert os.sched_getaffinity(pair[0].process.pid) == os.sched_getaffinity(0)
 
 
 def test_no_turn_is_begun_after_its_share(script):
