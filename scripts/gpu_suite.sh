@@ -96,6 +96,9 @@ export FLAGGEMS_CACHE_DIR=${FLAGGEMS_CACHE_DIR:-$work/cache}
 stage() {
   local limit=$2 jobs=$3 inner=$(($2 - 5 - $2 / 20)) run=()
   export OMP_NUM_THREADS=1
+  case $1 in # these compare the chip's own kernels with stock
+  smoke | dispatch | threads | memory | qwen3 | tests | opdb) export FLAGOS_DISABLE_FLAGGEMS_PY=1 ;;
+  esac
   case $1 in
   smoke)
     run=(bash -c "nvidia-smi; '$python' -m torch_fl doctor

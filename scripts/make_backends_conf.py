@@ -67,6 +67,7 @@ def conf(data: dict, plans: dict | None = None) -> str:
         "#",
         "# One `operator = backend` per line; docs/routing.md has the rules. Without a line the first backend",
         "# that has it serves: FlagGems in C++, in Python where judged right, the chip's own kernels, the CPU.",
+        "# `python -m torch_fl routes OPERATOR` shows the choice and its reason.",
         "#",
         "# Made by scripts/make_backends_conf.py from benchmarks/tuned.py on",
         f"# {tuning['where']['device']} (chip {tuning['where']['chip']}):",
@@ -78,14 +79,9 @@ def conf(data: dict, plans: dict | None = None) -> str:
         lines += ["# FlagGems was faster, and serves where it is installed:", *(f"#   {op}" for op in better)]
     lines += ["", *(f"{op} = native" for op in sorted(native))]
     if slow := sorted(never_replayed(plans) - set(by_op)) if plans else []:
-        lines += [
-            "",
-            "# FlagGems' kernel is right, but its calls cannot be replayed from launch plans: each would run in",
-        ]
-        lines += [
-            "# Python, at several times native's host time (benchmarks/plan_sweep.py).",
-            *(f"{op} = native" for op in slow),
-        ]
+        lines += ["", "# FlagGems' kernel is right, but its calls cannot be replayed from launch plans, so that each"]
+        lines += ["# would take Python several times native's host time (benchmarks/plan_sweep.py)."]
+        lines += [f"{op} = native" for op in slow]
     return "\n".join(lines) + "\n"
 
 

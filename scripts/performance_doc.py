@@ -149,6 +149,41 @@ def tests(data) -> list[str]:
     return [*rows(("files", *names), lines), *cut, "", *said][: 20 + len(cut)]
 
 
+def tuned(data) -> list[str]:
+    lines = [
+        (part, name, f"{row['ratio']:.3f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['pairs']} pairs")
+        for part, routes in data["parts"].items()
+        for name, row in routes.items()
+        if name != "native"
+    ]
+    judged = [
+        f"* {name}: tokens {'plausible' if row['tokens_plausible'] else 'WRONG'}, losses {row['loss_apart']:.5f} of "
+        f"native's apart at most{'' if row['losses_within_tolerance'] else ': TOO FAR'}"
+        for name, row in data.get("verify", {}).items()
+        if name != "native"
+    ]
+    return [*rows(("part", "routes", "of native's speed", "spread"), lines), "", *judged]
+
+
+def plans(data) -> list[str]:
+    lines = list(data["operators"].items())
+    return [
+        *rows(("operators", "count"), lines),
+        "",
+        f"* replays equal: {data['replays equal']} of {data['replays compared']}",
+        f"* calls that raise only with plans: {data['calls'].get('raises', 0)}",
+    ]
+
+
+def against_native(data) -> list[str]:
+    lines = [(mode, row["cases"], row["passed"], f"{row['percent']:.3f}") for mode, row in data["modes"].items()]
+    return [
+        *rows(("mode", "cases that native passes", "passed", "%"), lines),
+        "",
+        f"* {data['pairs']} of {data['tasks']} (operator, dtype) pairs; {len(data['served'])} operators by FlagGems",
+    ]
+
+
 def instructions(data) -> list[str]:
     first, second = data["pair"]
     lines = [
@@ -190,6 +225,9 @@ TABLES = {
     ),
     "training_steps_null_cuda": (training_steps, "python benchmarks/instructions.py --model after every change"),
     "opdb_cuda": (opdb, "python tests/integration/ops/against_stock.py --json benchmarks/results/opdb_cuda.json"),
+    "opdb_flagos_py": (against_native, "scripts/gpu_suite.sh OUTDIR opdb_flaggems"),
+    "plans_cuda": (plans, "python benchmarks/plan_sweep.py --json benchmarks/results/plans_cuda.json"),
+    "tuned": (tuned, "python benchmarks/tuned.py --out benchmarks/results"),
     "tests_cuda": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
     "hal_cuda": (tests, "scripts/gpu_suite.sh OUTDIR hal"),
 }

@@ -105,7 +105,7 @@ def _install_python(chip: str, package: Path | None, version: str | None) -> Non
     if vendor and not reason:
         _env.set_default("GEMS_VENDOR", vendor)
         if chip != "cuda":  # its tuning database asks for the GPU's name when it lies in a file
-            _env.set_default("FLAGGEMS_DB_URL", "sqlite://")
+            _env.set_default("FLAGGEMS_DB_URL", flaggems.PRIVATE_TUNING)
     _kernels.clear()
     if not reason:
         _kernels.update(table(chip, version))

@@ -33,7 +33,8 @@ constexpr const char* kName = "flagos_python";
 struct Limits {
   uint64_t dtypes = ~uint64_t{0};  // one bit per at::ScalarType
   int64_t max_numel = std::numeric_limits<int64_t>::max();
-  bool contiguous = false, nonempty = false, nonscalar = false, same_shape = false, same_dtype = false, several = false;
+  bool contiguous = false, unexpanded = false, nonempty = false, nonscalar = false;
+  bool same_shape = false, same_dtype = false, several = false;
   uint64_t defaults = 0;  // one bit per argument that must have its default
   bool any = false;
 };
@@ -125,6 +126,15 @@ bool is_default(const c10::IValue& value, const c10::Argument& argument) {
   return given && (given->isNone() ? value.isNone() : !value.isNone() && *given == value);
 }
 
+// Whether a dimension of several elements has a stride of 0.
+bool is_expanded(const at::Tensor& t) {
+  if (t.layout() != at::kStrided) return false;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (strides[i] == 0 && sizes[i] > 1) return true;
+  return false;
+}
+
 bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   if (C10_LIKELY(!limits.any)) return true;
   bool good = true;
@@ -143,6 +153,7 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
       const auto numel = t.numel();
       good &= (limits.dtypes >> static_cast<unsigned>(t.scalar_type()) & 1) != 0 && numel <= limits.max_numel;
       if (limits.contiguous) good &= t.is_contiguous();
+      if (limits.unexpanded) good &= !is_expanded(t);
       if (limits.nonempty) good &= numel > 0;
       if (limits.nonscalar) good &= t.dim() > 0;
       if (!first.defined()) {
@@ -385,6 +396,7 @@ Limits limits_of(const std::string& op, const py::dict& data) {
       limits.defaults = positions(op, py::cast<std::vector<std::string>>(value));
     } else {
       bool* flag = name == "contiguous"   ? &limits.contiguous
+                   : name == "unexpanded" ? &limits.unexpanded
                    : name == "nonempty"   ? &limits.nonempty
                    : name == "nonscalar"  ? &limits.nonscalar
                    : name == "same_shape" ? &limits.same_shape
@@ -393,7 +405,8 @@ Limits limits_of(const std::string& op, const py::dict& data) {
                                           : nullptr;
       TORCH_CHECK_VALUE(
           flag, "unknown limit '", name,
-          "' (limits: dtypes, max_numel, contiguous, nonempty, nonscalar, same_shape, same_dtype, several, defaults)");
+          "' (limits: dtypes, max_numel, contiguous, unexpanded, nonempty, nonscalar, same_shape, same_dtype, several, "
+          "defaults)");
       *flag = py::cast<bool>(value);
     }
     limits.any = true;

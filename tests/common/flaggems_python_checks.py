@@ -226,6 +226,18 @@ def check_limits_go_to_the_next_backend():
     assert all(seconds > 0 for _, seconds in rows.values())
 
 
+def check_a_limit_on_expanded_tensors():
+    """A stride of 0 matters only in a dimension of several elements."""
+    import flag_gems
+
+    x = random(3, 4).flagos()
+    column = x[:, :1]
+    for t, by_flaggems in ((x.t(), True), (column.expand(3, 4), False), (x.as_strided((1, 4), (0, 1)), True)):
+        flag_gems.CALLS.clear()
+        torch.testing.assert_close(torch.mul(t, t).cpu(), torch.mul(t.cpu(), t.cpu()))
+        assert flag_gems.CALLS == (["mul.Tensor"] if by_flaggems else []), (t.shape, t.stride(), flag_gems.CALLS)
+
+
 def check_a_limit_on_the_number_of_tensors():
     import flag_gems
 

@@ -1,8 +1,8 @@
 """From the cases of a kernel to its verdict: right, right within limits, wrong, or not judged.
 
 A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
-nonempty, nonscalar, same_shape, same_dtype, several, defaults, max_numel. Of all sets of limits under which no case
-fails, the one that keeps most passing cases is taken, and of those the smallest. What no case has tried is not
+unexpanded, nonempty, nonscalar, same_shape, same_dtype, several, defaults, max_numel. Of all sets of limits under which
+no case fails, the one that keeps most passing cases is taken, and of those the smallest. What no case has tried is not
 promised: nor are dtypes, strides, sizes of zero or tensors without dimensions.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from tests.common import judge_cases
 
-FLAGS = ("contiguous", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
-TRIED = ("contiguous", "nonempty", "nonscalar")  # not given up before a case without them has passed
+FLAGS = ("contiguous", "unexpanded", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
+TRIED = ("contiguous", "unexpanded", "nonempty", "nonscalar")  # not given up before a case without them has passed
 STRIDES = "strides are"  # in the message of a case whose result has other strides
 VALUES = ("special", "infinite", "negative")  # last words of the labels of cases with other values
 LAYOUTS = (*judge_cases.LAYOUTS, "broadcast", "mixed", "scalar")  # likewise of cases with other sizes, strides, dtypes
@@ -52,6 +52,8 @@ def features(tensors, dtypes=()) -> dict:
     flags = []
     if all(t.is_contiguous() for t in tensors):
         flags.append("contiguous")
+    if not any(n > 1 and stride == 0 for t in tensors for n, stride in zip(t.shape, t.stride(), strict=True)):
+        flags.append("unexpanded")
     if all(t.numel() for t in tensors):
         flags.append("nonempty")
     if all(t.dim() for t in tensors):
@@ -157,7 +159,10 @@ def verdict(outcomes: list[Outcome], note: str = "") -> dict:
 def _right(limits, dtypes, counts, failure, kept):
     entry = {"verdict": "right"}
     if any(o.dtypes for o in kept):  # else there are no tensors
-        limits = limits | {flag: True for flag in TRIED if all(flag in o.flags for o in kept)}
+        untried = [flag for flag in TRIED if all(flag in o.flags for o in kept)]
+        if "contiguous" in {*untried, *limits}:  # which says more
+            untried = [flag for flag in untried if flag != "unexpanded"]
+        limits = limits | dict.fromkeys(untried, True)
     limits = {**({"dtypes": sorted(dtypes)} if dtypes else {}), **limits}
     if limits:
         entry["limits"] = limits

@@ -114,8 +114,10 @@ def run_again() -> int | None:
 
     if active() or torch.cuda.is_available():
         return None
+    from torch_fl.flaggems import PRIVATE_TUNING
+
     # FlagGems' tuning database asks for the GPU's name when it lies in a file.
-    variables = os.environ | environment() | {"FLAGGEMS_DB_URL": "sqlite://"}
+    variables = os.environ | environment() | {"FLAGGEMS_DB_URL": PRIVATE_TUNING}
     return subprocess.run([sys.executable, *sys.argv], env=variables, check=False).returncode
 
 

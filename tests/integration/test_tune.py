@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(STUB), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     "GEMS_VENDOR": "nvidia",
     "FLAGOS_FLAGGEMS_VERDICTS": str(STUB / "verdicts.json"),
+    "FLAGOS_BACKEND_CONFIG": os.devnull,  # the shipped one keeps some of the operators native
     "FLAGGEMS_DB_URL": None,
     "FLAGGEMS_SOURCE_DIR": None,
     "FLAGGEMS_DIR": None,

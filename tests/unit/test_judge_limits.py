@@ -112,7 +112,7 @@ def test_the_shipped_verdicts():
 
 def test_no_limit_without_a_failure():
     entry = verdict([*dense("float32", "int64"), *loose("float32"), case(without=["contiguous", "same_shape"])])
-    assert entry == {"verdict": "right", "limits": {"dtypes": ["float32", "int64"]}, "cases": 12, "passed": 12}
+    assert entry == {"verdict": "right", "limits": {"dtypes": ["float32", "int64"]}, "cases": 13, "passed": 13}
 
 
 def test_what_no_case_tried_is_not_promised():
@@ -120,8 +120,11 @@ def test_what_no_case_tried_is_not_promised():
     assert limits == {"dtypes": ["float32"], "contiguous": True, "nonempty": True}
     failed = case("failed", without=["same_shape"])
     assert verdict([*dense("float32"), case(without=["contiguous"]), failed])["limits"] == {
-        "dtypes": ["float32"], "same_shape": True, "nonempty": True, "nonscalar": True
+        "dtypes": ["float32"], "same_shape": True, "unexpanded": True, "nonempty": True, "nonscalar": True
     }  # fmt: skip
+    expanded = case("failed", without=["contiguous", "unexpanded"])  # where a transposed tensor passes
+    passed = [o for o in loose("float32") if "unexpanded" in o.flags]
+    assert verdict([*dense("float32"), *passed, expanded])["limits"] == {"dtypes": ["float32"], "unexpanded": True}
     assert "limits" not in verdict([case(dtypes=[]) for _ in range(3)])  # no tensors
 
 
@@ -187,9 +190,12 @@ def test_unjudged_says_why():
 def test_features():
     x = torch.ones(3, 4)
     assert set(features([x])["flags"]) == set(FLAGS) - {"several"}
-    assert features([x, x.t()])["flags"] == ["nonempty", "nonscalar", "same_dtype", "several"]
+    assert features([x, x.t()])["flags"] == ["unexpanded", "nonempty", "nonscalar", "same_dtype", "several"]
+    assert "unexpanded" not in features([x, torch.ones(1, 4).expand(3, 4)])["flags"]
+    assert "unexpanded" in features([torch.ones(1).as_strided((1, 1), (0, 0))])["flags"]
     assert features([x, torch.ones((), dtype=torch.int64)], [torch.bool]) == {
-        "dtypes": ["bool", "float32", "int64"], "flags": ["contiguous", "nonempty", "several"], "numel": 12
+        "dtypes": ["bool", "float32", "int64"], "flags": ["contiguous", "unexpanded", "nonempty", "several"],
+        "numel": 12,
     }  # fmt: skip
     for flags in itertools.combinations(FLAGS, 2):
         assert set(flags) <= set(FLAGS)
@@ -214,7 +220,7 @@ def test_arguments_that_must_have_their_default():
     cases += [case(changed=["padding_idx"]), case("failed", dtypes=["float16"], changed=["padding_idx", "sparse"])]
     entry = verdict(cases)
     assert entry["limits"] == {"dtypes": ["float16", "float32"], "defaults": ["sparse"]}, entry
-    assert entry["passed"] == 8
+    assert entry["passed"] == 9
 
 
 def test_changed_arguments():

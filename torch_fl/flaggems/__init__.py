@@ -11,7 +11,8 @@
 
 A right kernel may serve by default; within its limits, when it has some, and other calls go to the next backend. A
 wrong one, and one without a verdict, serves only when it is asked for by name. Limits: dtypes (names), max_numel,
-contiguous, nonempty, nonscalar (no tensor without dimensions), same_shape, same_dtype, several (tensors, not one),
+contiguous, unexpanded (no stride of 0 in a dimension of several elements), nonempty, nonscalar (no tensor without
+dimensions), same_shape, same_dtype, several (tensors, not one),
 defaults (names of arguments that must have their default).
 """
 
@@ -21,6 +22,9 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 NEWEST = "5.0.2"
+# FLAGGEMS_DB_URL for what its tuners find: gone with the process, and one for all of its threads; with "sqlite://" each
+# would have another database, without the tables that the first one made.
+PRIVATE_TUNING = "sqlite:///file:flaggems?mode=memory&cache=shared&uri=true"
 VERDICTS = ("right", "wrong", "unjudged", "unusable")
 
 
