@@ -18,7 +18,8 @@ STUBS = [ROOT / "tests/common/stub_judge_gems", ROOT / "tests/common/stub_flag_g
 
 def judge(folder, *arguments, **environment):
     command = [sys.executable, SCRIPT, "--work", folder / "work", "--jobs", 2, *arguments]
-    changed = {k: v for k, v in {**os.environ, **environment, "FLAGOS_ACCELERATOR": "host"}.items() if v is not None}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLAGOS_")}  # a run may hold FlagGems back
+    changed = {k: v for k, v in {**inherited, **environment, "FLAGOS_ACCELERATOR": "host"}.items() if v is not None}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=500, env=changed)
 
 
