@@ -253,11 +253,14 @@ def alternate(
                 answers[which].append(pair[which].ask(do, budget, **options))
             if errors(zip(*answers, strict=True)):
                 break
-        failed = [[a for a in one if "error" in a] for one in answers]
-        pairs.append(
-            [bad[0] if bad else merge(one) if merge else one[0] for bad, one in zip(failed, answers, strict=True)]
-        )
+        pairs.append([_whole(one, merge) for one in answers])
     return pairs
+
+
+def _whole(turns: list[dict], merge) -> dict:
+    """A worker's answer in a pair: of its turns the first error, or what they make."""
+    failed = next((turn for turn in turns if "error" in turn), None)
+    return failed or (merge(turns) if merge else turns[0])
 
 
 def serve(work) -> None:

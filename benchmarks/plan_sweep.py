@@ -67,16 +67,10 @@ def native_takes(op: str, nest) -> bool:
             judge_cases.overload(op)(*copy_tree(nest[0], "flagos"), **copy_tree(nest[1], "flagos"))
         torch.flagos.synchronize()
     except torch.AcceleratorError as error:
-        leave(error)
+        workers.leave(error)
     except Exception:
         return False
     return True
-
-
-def leave(error) -> None:
-    """The device is lost to this process."""
-    print(first_lines(error), file=sys.stderr, flush=True)
-    os._exit(3)
 
 
 def work(options) -> None:
@@ -117,7 +111,7 @@ def work(options) -> None:
                         row = judge_numbers(op, judge_cases.overload(op), nest, not null_cuda.active())
                         rows.append([row[0], row[1][:400], "other numbers", case.label])
             except torch.AcceleratorError as error:
-                leave(error)
+                workers.leave(error)
             except Exception as error:
                 verdict, why = "raises", f"{type(error).__name__}: {first_lines(error, 120)}"
             rows.append([verdict, why[:400], kind, case.label])

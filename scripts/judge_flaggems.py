@@ -118,9 +118,8 @@ def work(options) -> None:
             channel.at(*where, False)
             try:
                 outcome = judge_run.judge(task["op"], case, interpreted, lambda where=where: channel.at(*where, True))
-            except torch.AcceleratorError as error:  # the device is lost to this process
-                print(judge_run.first_lines(error), file=sys.stderr, flush=True)
-                os._exit(3)
+            except torch.AcceleratorError as error:
+                workers.leave(error)
             if outcome:
                 outcomes.append(dataclasses.asdict(outcome))
         if cases and not outcomes and not note:
@@ -186,9 +185,9 @@ class Run:
         command = [sys.executable, __file__, "--worker", "--work", options.work, "--op-budget", options.op_budget]
         command += ["--most", options.most, "--dtypes", options.dtypes, "--opinfos", options.opinfos]
         command += ["--tune", options.tune, "--until", self.end]
-        # What the judge lets a tuner take is not to be found by a program that tunes.
         from torch_fl.flaggems import PRIVATE_TUNING
 
+        # What the judge lets a tuner take is not to be found by a program that tunes.
         environment = dict(os.environ, OMP_NUM_THREADS="1", FLAGGEMS_DB_URL=PRIVATE_TUNING)
         environment.setdefault("FLAGGEMS_CACHE_DIR", str(options.work / "cache"))
         nothing = options.work / "nothing.json"  # no verdict is in force while verdicts are made

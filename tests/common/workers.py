@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from tests.common.compare import first_lines
+
 START = 120.0  # seconds that a process may need until its first step, or in one that it calls "start"
 LATE = 5.0  # seconds after the end of a run in which a task that has begun may still answer
 
@@ -43,6 +45,12 @@ class Channel:
 
     def done(self, result):
         self._send({"done": result})
+
+
+def leave(error: Exception) -> None:
+    """Ends a worker to which the device is lost."""
+    print(first_lines(error), file=sys.stderr, flush=True)
+    os._exit(3)
 
 
 class Crash:

@@ -166,19 +166,13 @@ class Observer(TorchDispatchMode):
         self._choice = functools.cache(choice)
         self._routed = frozenset(routing.get_registered_ops())
         self._composed: dict[object, bool] = {}
-        self._depth = 0  # __torch_dispatch__ enters it again
 
     def __enter__(self):
-        if self._depth == 0:
-            self.counts = self._stack.enter_context(routing.count_ops())
-        self._depth += 1
+        self.counts = self._stack.enter_context(routing.count_ops())
         return super().__enter__()
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
-        self._depth -= 1
-        if self._depth:
-            return
         self._stack.close()
         for group in self.groups.values():
             if group.samples:
@@ -195,8 +189,11 @@ class Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         name = debug._name(func)
         if name not in self._routed and self._is_composed(func):
-            with self:  # sees the operators that it is made of
+            super().__enter__()  # the mode alone, to see the operators that it is made of; the observation goes on
+            try:
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         chosen = self._choice(name)
         if chosen:
             self._note(name, func, chosen, args, kwargs)

@@ -118,8 +118,7 @@ def native_side(channel, task, options, found) -> None:
             sample.seed += 1
             again = kept(call())
         except torch.AcceleratorError as error:
-            print(first_lines(error), file=sys.stderr, flush=True)
-            os._exit(3)
+            workers.leave(error)
         except Exception:  # not counted, or what the native kernels cannot do
             continue
         steady = all(b is None or bit_equal(a, b) for (_, a), (_, b) in zip(results, again, strict=True))
@@ -135,8 +134,7 @@ def conf_side(channel, task, options, native, found) -> None:
             compare(kept(call()), *native[name])
             found[name] = ""
         except torch.AcceleratorError as error:
-            print(first_lines(error), file=sys.stderr, flush=True)
-            os._exit(3)
+            workers.leave(error)
         except Exception as error:
             found[name] = str(error) if isinstance(error, Mismatch) else first_lines(error, TAIL)
 

@@ -172,9 +172,8 @@ def work(options) -> None:
                     cases[name] = ["ok", *runs[0], all(run[0] == runs[0][0] for run in runs)]
                 except opdb.NotCounted:
                     continue
-                except torch.AcceleratorError as error:  # the device is lost to this process
-                    print(first_lines(error), file=sys.stderr, flush=True)
-                    os._exit(3)
+                except torch.AcceleratorError as error:
+                    workers.leave(error)
                 except Exception as error:
                     cases[name] = ["error", first_lines(error, 200)]
                 if more := {op: n - before.get(op, 0) for op, n in fallback_counts().items() if n > before.get(op, 0)}:
