@@ -17,7 +17,6 @@ namespace {
 using Guard = std::lock_guard<SpinLock>;
 using Stats = AllocFront::DeviceStats;
 using c10::CachingAllocator::StatArray;
-using c10::CachingAllocator::StatType;
 
 AllocFront* instance;  // for the deleter, which is given an address and nothing else
 
@@ -46,15 +45,13 @@ constexpr Kind kKinds[] = {{&Stats::allocation, kCount},
                            {&Stats::active_bytes, kBytes},
                            {&Stats::requested_bytes, kRequested}};
 constexpr size_t kKindCount = std::size(kKinds);
-// Of the three sums of each statistic, those that small blocks enter.
-constexpr size_t kPools[] = {static_cast<size_t>(StatType::AGGREGATE), static_cast<size_t>(StatType::SMALL_POOL)};
 
 template <class Amount>
-auto& part_of(Amount& amount, Part part) {
+auto& part_of(Amount&& amount, Part part) {
   return part == kCount ? amount.count : part == kBytes ? amount.bytes : amount.requested;
 }
 
-size_t class_of(size_t nbytes) { return (nbytes + AllocFront::kStep - 1) / AllocFront::kStep; }
+uint32_t class_of(size_t nbytes) { return (nbytes + AllocFront::kStep - 1) / AllocFront::kStep; }
 
 }  // namespace
 
@@ -109,7 +106,7 @@ void AllocFront::start(c10::DeviceIndex index) {
   Device& device = devices_[index];
   const Stats stats = native_.stats(index);
   for (size_t k = 0; k < kKindCount; k++) {
-    for (size_t p = 0; p < 2; p++) device.peak[k][p] = (stats.*kKinds[k].stat)[kPools[p]].peak;
+    for (size_t p = 0; p < kPools; p++) device.peak[k][p] = (stats.*kKinds[k].stat)[p].peak;
   }
   device.used = true;
   used_.store(true, std::memory_order_relaxed);
@@ -132,7 +129,6 @@ AllocFront::Lists& AllocFront::make_lists(Device& device, c10::StreamId stream) 
   auto& all = device.lists;
   if (all.size() < kMostStreams) {
     all.push_back(std::make_unique<Lists>());
-    all.back()->last_use = 0;
   } else {
     // The first is the one in use and carries an old time.
     auto oldest = std::min_element(all.begin() + 1, all.end(),
@@ -150,34 +146,36 @@ c10::DataPtr AllocFront::allocate(size_t nbytes, c10::DeviceIndex device, c10::S
     flush();
     return allocate_native(nbytes);
   }
-  const size_t size_class = class_of(nbytes);
+  const uint32_t size_class = class_of(nbytes);
   {
     const Guard guard(lock_);
     Device& d = devices_[device];
     Lists* lists = lists_of(d, stream);
-    if (C10_LIKELY(lists != nullptr && lists->head[size_class] != nullptr)) {
-      Block* block = lists->head[size_class];
-      lists->head[size_class] = block->next;
-      block->requested = nbytes;
-      d.taken.add(block->amount());
-      spend(device, block->amount());
-      return c10::DataPtr(block->ptr, block->ptr, &delete_block, c10::Device(c10::kCUDA, device));
+    if (C10_LIKELY(lists != nullptr)) {
+      if (Block* block = lists->take(size_class)) {
+        block->requested = nbytes;
+        d.taken.in(block->pool()).add(block->amount());
+        spend(device, block->pool(), block->amount());
+        return c10::DataPtr(block->ptr, block->ptr, &delete_block, c10::Device(c10::kCUDA, device));
+      }
     }
     if (!d.used) start(device);
   }
+  const bool large = pool_of(size_class) == kLargePool;
+  const Amount before = large ? prepare_large(device) : Amount();
   c10::DataPtr data = allocate_native(nbytes);
+  const Amount after = large ? ever_allocated(device) : Amount{1, static_cast<int64_t>(size_class * kStep), 0};
   // A setting may make the native allocator round in another way, or not cache at all.
   using c10::CachingAllocator::AcceleratorAllocatorConfig;
   if (!data || data.get() != data.get_context() || AcceleratorAllocatorConfig::roundup_power2_divisions(nbytes) > 1) {
     return data;
   }
-  auto block = std::make_unique<Block>(Block{data.get(), nullptr, stream, nbytes, nbytes,
-                                             static_cast<uint32_t>(size_class), data.device().index(), false});
+  if (C10_UNLIKELY(after.count - before.count != 1)) return data;  // another thread's block is among them
+  auto block = std::make_unique<Block>(Block{data.get(), nullptr, stream, nbytes, nbytes, after.bytes - before.bytes,
+                                             size_class, data.device().index(), false});
   const Guard guard(lock_);
   if (Block* lost = blocks_.insert(block.get())) {  // released by the native deleter, without the front's knowledge
-    Amount& returned = devices_[lost->device].returned;
-    returned.requested += static_cast<int64_t>(lost->requested) - static_cast<int64_t>(lost->native_requested);
-    delete lost;
+    forget(lost);
   }
   void* ptr = block.release()->ptr;
   data.release_context();
@@ -212,9 +210,9 @@ void AllocFront::note(c10::DeviceIndex device, size_t nbytes) {
       nbytes >= AcceleratorAllocatorConfig::max_split_size()) {
     return measure(device);
   }
-  const bool small = nbytes <= kLargest;
-  const size_t bytes = class_of(nbytes) * kStep + (small ? 0 : 2 * kLargest);
-  spend(device, {1, static_cast<int64_t>(bytes), static_cast<int64_t>(nbytes)}, small);
+  const Pool pool = nbytes <= kSmall ? kSmallPool : kLargePool;
+  const size_t bytes = class_of(nbytes) * kStep + (pool == kSmallPool ? 0 : 2 * kSmall);
+  spend(device, pool, {1, static_cast<int64_t>(bytes), static_cast<int64_t>(nbytes)});
 }
 
 void AllocFront::note_all(c10::DeviceIndex device) {
@@ -245,21 +243,25 @@ bool AllocFront::end(void* ptr) {
   Block* block = blocks_.find(ptr);
   if (block == nullptr) return false;
   Device& device = devices_[block->device];
-  const Amount amount = block->amount();
-  if (!block->recorded && !stepped_aside() && device.has_room(amount.bytes)) {
+  if (!block->recorded && !stepped_aside() && device.waiting() < kMostBlocks) {
     Lists* lists = lists_of(device, block->stream);
     if (C10_UNLIKELY(lists == nullptr)) lists = &make_lists(device, block->stream);
-    block->next = lists->head[block->size_class];
-    lists->head[block->size_class] = block;
-    device.returned.add(amount);
-    for (Amount& room : device.room) room.add(amount);
+    lists->put(block);
+    device.returned.in(block->pool()).add(block->amount());
+    device.room[kAll].add(block->amount());
+    device.room[block->pool()].add(block->amount());
     return true;
   }
-  // The native allocator will take off what it was once asked for.
-  device.returned.requested += static_cast<int64_t>(block->requested) - static_cast<int64_t>(block->native_requested);
   blocks_.erase(ptr);
-  delete block;
+  forget(block);
   return false;
+}
+
+// The block is the native allocator's again, which will take off what it was once asked for.
+void AllocFront::forget(Block* block) {
+  const auto requested = static_cast<int64_t>(block->requested), once = static_cast<int64_t>(block->native_requested);
+  devices_[block->device].returned.in(block->pool()).requested += requested - once;
+  delete block;
 }
 
 void AllocFront::end_late() {
@@ -280,22 +282,21 @@ void AllocFront::record_stream(void* ptr, c10::StreamId stream) {
   if (block != nullptr && block->stream != stream) block->recorded = true;
 }
 
-size_t AllocFront::flush_lists(Device& device, Lists& lists) {
+size_t AllocFront::flush_lists(Device& device, Lists& lists, bool large_only) {
   // A memory profiler has seen these blocks freed when they came to wait, or was not there to see them allocated.
   const auto watched = c10::ThreadLocalDebugInfo::current();
   c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(nullptr);
   size_t flushed = 0;
-  for (Block*& head : lists.head) {
-    while (head != nullptr) {
-      Block* block = std::exchange(head, head->next);
-      block->requested = block->native_requested;
-      device.returned.subtract(block->amount());
-      blocks_.erase(block->ptr);
-      native_.free(block->ptr);
-      delete block;
-      flushed++;
-    }
-  }
+  lists.drain(
+      [&](Block* block) {
+        block->requested = block->native_requested;
+        device.returned.in(block->pool()).subtract(block->amount());
+        blocks_.erase(block->ptr);
+        native_.free(block->ptr);
+        delete block;
+        flushed++;
+      },
+      large_only);
   c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(watched);
   return flushed;
 }
@@ -305,7 +306,7 @@ size_t AllocFront::flush_locked(c10::DeviceIndex index) {
   for (size_t i = 0; i < devices_.size(); i++) {
     if (index >= 0 && static_cast<size_t>(index) != i) continue;
     Device& device = devices_[i];
-    if (device.waiting_bytes() == 0) continue;
+    if (device.waiting() == 0) continue;
     for (auto& lists : device.lists) flushed += flush_lists(device, *lists);
   }
   return flushed;
@@ -325,11 +326,29 @@ size_t AllocFront::try_flush(c10::DeviceIndex device) {
   return flush_locked(device);
 }
 
-void AllocFront::spend(c10::DeviceIndex index, const Amount& amount, bool small) {
-  Amount(&room)[2] = devices_[index].room;
-  room[0].subtract(amount);
-  if (small) room[1].subtract(amount);
-  if (C10_UNLIKELY(room[0].negative() || room[1].negative())) measure(index);
+void AllocFront::spend(c10::DeviceIndex index, Pool pool, const Amount& amount) {
+  auto& room = devices_[index].room;
+  room[kAll].subtract(amount);
+  room[pool].subtract(amount);
+  if (C10_UNLIKELY(room[kAll].negative() || room[pool].negative())) measure(index);
+}
+
+// Before a native large block is asked for; returns what was ever allocated before it.
+AllocFront::Amount AllocFront::prepare_large(c10::DeviceIndex index) {
+  {
+    const Guard guard(lock_);
+    Device& device = devices_[index];
+    if (device.waiting(kLargePool) != 0) {
+      for (auto& lists : device.lists) flush_lists(device, *lists, /*large_only=*/true);
+    }
+  }
+  return ever_allocated(index);
+}
+
+// Of the native large pool: how many blocks it has handed out so far, and their bytes.
+AllocFront::Amount AllocFront::ever_allocated(c10::DeviceIndex index) {
+  const Stats stats = native_.stats(index);
+  return {stats.allocation[kLargePool].allocated, stats.allocated_bytes[kLargePool].allocated, 0};
 }
 
 // Brings the peaks up to date and finds how far they are away.
@@ -337,12 +356,12 @@ void AllocFront::measure(c10::DeviceIndex index) {
   Device& device = devices_[index];
   const Stats stats = native_.stats(index);
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-  for (size_t p = 0; p < 2; p++) {
+  for (size_t p = 0; p < kPools; p++) {
     device.room[p] = {kMost, kMost, kMost};
     for (size_t k = 0; k < kKindCount; k++) {
       const Part part = kKinds[k].part;
-      const int64_t waiting = part_of(device.returned, part) - part_of(device.taken, part);
-      const int64_t current = (stats.*kKinds[k].stat)[kPools[p]].current - waiting;
+      const int64_t waiting = part_of(device.returned.of(p), part) - part_of(device.taken.of(p), part);
+      const int64_t current = (stats.*kKinds[k].stat)[p].current - waiting;
       int64_t& peak = device.peak[k][p];
       peak = std::max(peak, current);
       int64_t& room = part_of(device.room[p], part);
@@ -359,17 +378,19 @@ AllocFront::DeviceStats AllocFront::stats(c10::DeviceIndex index) {
   if (!device.used) return stats;
   for (size_t k = 0; k < kKindCount; k++) {
     const Part part = kKinds[k].part;
-    const int64_t taken = part_of(device.taken, part), returned = part_of(device.returned, part);
-    for (size_t p = 0; p < 2; p++) {
-      auto& stat = (stats.*kKinds[k].stat)[kPools[p]];
+    for (size_t p = 0; p < kPools; p++) {
+      const int64_t taken = part_of(device.taken.of(p), part), returned = part_of(device.returned.of(p), part);
+      auto& stat = (stats.*kKinds[k].stat)[p];
       stat.current -= returned - taken;
       stat.peak = device.peak[k][p];
-      stat.allocated += taken - part_of(device.taken_at_reset, part);
-      stat.freed += returned - part_of(device.returned_at_reset, part);
+      stat.allocated += taken - part_of(device.taken_at_reset.of(p), part);
+      stat.freed += returned - part_of(device.returned_at_reset.of(p), part);
     }
   }
   // Without the front the waiting bytes would be free parts of segments. How many blocks that were cannot be told.
-  for (size_t p : kPools) stats.inactive_split_bytes[p].current += device.waiting_bytes();
+  for (size_t p = 0; p < kPools; p++) {
+    stats.inactive_split_bytes[p].current += device.returned.of(p).bytes - device.taken.of(p).bytes;
+  }
   return stats;
 }
 
@@ -377,15 +398,16 @@ void AllocFront::reset_peak(c10::DeviceIndex index) {
   if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
   const Guard guard(lock_);
   if (!devices_[index].used) return;
-  for (auto& peaks : devices_[index].peak) peaks[0] = peaks[1] = 0;
+  for (auto& peaks : devices_[index].peak) std::fill(std::begin(peaks), std::end(peaks), 0);
   measure(index);
 }
 
 void AllocFront::reset_accumulated(c10::DeviceIndex index) {
   if (!used_.load(std::memory_order_relaxed) || in_bad_fork()) return;
   const Guard guard(lock_);
-  devices_[index].taken_at_reset = devices_[index].taken;
-  devices_[index].returned_at_reset = devices_[index].returned;
+  Device& device = devices_[index];
+  device.taken_at_reset = device.taken;
+  device.returned_at_reset = device.returned;
 }
 
 std::unordered_map<uintptr_t, size_t> AllocFront::requests() {

@@ -1,4 +1,4 @@
-// cuda_alloc_front.h: a front for blocks of at most 1 MiB before PyTorch's CUDA caching allocator, which takes several
+// cuda_alloc_front.h: a front for blocks of at most 2 MiB before PyTorch's CUDA caching allocator, which takes several
 // times as long for one allocate and free as everything else that flagos does in a call.
 //
 // AllocFront holds the logic and knows no CUDA, so that tests can run it over an allocator of their own. The rules:
@@ -6,8 +6,13 @@
 //    the native allocator itself would reuse it: the order of the stream makes that right whichever thread frees. One
 //    lock of a few instructions guards all lists. They are shared by all threads, because the threads of forward and
 //    backward free each other's blocks, and because then every statistic, and every flush, is exact.
-//  * Statistics are those of a process without the front: a waiting block counts as free. Peaks too: `room` is how much
-//    may still be handed out before a peak could be passed; only then is the native allocator asked for its state.
+//  * Statistics are exact, and a waiting block counts as free. Peaks too: `room` is how much may still be handed out
+//    before a peak could be passed; only then is the native allocator asked for its state. A block of the native small
+//    pool has exactly its class's bytes, so that there every figure is that of a process without the front. One of the
+//    large pool may be up to 1 MiB longer, depending on where the native allocator found it.
+//  * Where the front has no large block of a class, the other large ones that wait go back to the native allocator,
+//    which would otherwise cut up longer free blocks and later need new memory for long requests. (Without this rule,
+//    or with longer blocks, training with texts of changing length reserved a tenth more memory.)
 //  * A DataPtr of the front has the address itself as its context, as the native ones do.
 //  * The front's lock comes before the native allocator's. The front never allocates natively under its lock. When the
 //    native allocator, short of memory and with its own lock taken, calls the front (try_flush), or something else
@@ -31,11 +36,11 @@ namespace flagos {
 class AllocFront {
  public:
   using DeviceStats = c10::CachingDeviceAllocator::DeviceStats;
-  static constexpr size_t kStep = 512;                       // the native allocator's unit: classes are exact
-  static constexpr size_t kLargest = size_t{1} << 20;        // the native allocator's small pool ends here
-  static constexpr int64_t kMostWaiting = int64_t{1} << 30;  // bytes per device
-  static constexpr int64_t kMostBlocks = int64_t{1} << 16;   // waiting, per device: whoever flushes waits for them
-  static constexpr size_t kMostStreams = 16;                 // per device; the one not used for longest makes way
+  static constexpr size_t kStep = 512;               // the native allocator's unit
+  static constexpr size_t kSmall = size_t{1} << 20;  // the native allocator's small pool ends here
+  static constexpr size_t kLargest = size_t{2} << 20;
+  static constexpr int64_t kMostBlocks = int64_t{1} << 16;  // waiting, per device: whoever flushes waits for them
+  static constexpr size_t kMostStreams = 16;                // per device; the one not used for longest makes way
 
   // The allocator behind the front.
   struct Native {
@@ -97,34 +102,73 @@ class AllocFront {
     void add(const Amount& a) { count += a.count, bytes += a.bytes, requested += a.requested; }
     void subtract(const Amount& a) { count -= a.count, bytes -= a.bytes, requested -= a.requested; }
   };
+  enum Pool { kAll, kSmallPool, kLargePool };  // as in c10's StatType
+  static constexpr size_t kPools = 3;
+  static Pool pool_of(uint32_t size_class) { return size_class * kStep <= kSmall ? kSmallPool : kLargePool; }
   // Blocks and devices: what is used together lies in as few lines of the processor's cache as it can.
   struct alignas(64) Block {
     void* ptr;
     Block* next;
     c10::StreamId stream;
     size_t requested, native_requested;  // by the present owner; when the native allocator made the block
+    int64_t bytes;                       // as the native allocator counts it
     uint32_t size_class;
     c10::DeviceIndex device;
     bool recorded;
-    Amount amount() const { return {1, static_cast<int64_t>(size_class * kStep), static_cast<int64_t>(requested)}; }
+    Pool pool() const { return pool_of(size_class); }
+    Amount amount() const { return {1, bytes, static_cast<int64_t>(requested)}; }
   };
-  struct Lists {
+  // The classes of the small pool have a list each, those of the large pool share some.
+  class Lists {
+   public:
     c10::StreamId stream;
-    uint64_t last_use;
-    std::array<Block*, kLargest / kStep + 1> head{};
+    uint64_t last_use = 0;
+    Block* take(uint32_t size_class) {
+      Block** at = &of(size_class);
+      while (*at != nullptr && (*at)->size_class != size_class) at = &(*at)->next;
+      Block* found = *at;
+      if (found != nullptr) *at = found->next;
+      return found;
+    }
+    void put(Block* block) {
+      Block*& head = of(block->size_class);
+      block->next = head;
+      head = block;
+    }
+    template <class Visit>
+    void drain(Visit visit, bool large_only) {
+      for (size_t i = large_only ? kClasses : 0; i < head_.size(); i++) {
+        while (head_[i] != nullptr) visit(std::exchange(head_[i], head_[i]->next));
+      }
+    }
+
+   private:
+    static constexpr size_t kClasses = kSmall / kStep + 1, kShared = 64;
+    Block*& of(uint32_t size_class) {
+      return head_[size_class < kClasses ? size_class : kClasses + ((size_class * 0x9E3779B1u) >> 26)];
+    }
+    std::array<Block*, kClasses + kShared> head_{};
+  };
+  // A sum for each of the native pools, and both together.
+  struct Sums {
+    Amount small, large;
+    Amount& in(Pool pool) { return pool == kSmallPool ? small : large; }
+    Amount of(size_t pool) const {
+      Amount sum = pool == kLargePool ? large : small;
+      if (pool == kAll) sum.add(large);
+      return sum;
+    }
   };
   // What the statistics of one device need. taken: handed out from the lists. returned: put there, less what was
-  // flushed; so returned - taken is what waits. Peaks and room are kept for both sums that small blocks enter: that of
-  // all memory and that of the small pool.
+  // flushed; so returned - taken is what waits.
   struct alignas(64) Device {
     std::vector<std::unique_ptr<Lists>> lists;  // the one in use comes first
     bool used = false;
-    Amount taken, returned, room[2], taken_at_reset, returned_at_reset;
-    int64_t peak[5][2] = {};
-    int64_t waiting_bytes() const { return returned.bytes - taken.bytes; }
-    bool has_room(int64_t bytes) const {
-      return waiting_bytes() + bytes <= kMostWaiting && returned.count - taken.count < kMostBlocks;
-    }
+    Sums taken, returned;
+    Amount room[kPools];
+    Sums taken_at_reset, returned_at_reset;
+    int64_t peak[5][kPools] = {};
+    int64_t waiting(Pool pool = kAll) const { return returned.of(pool).count - taken.of(pool).count; }
   };
   // Blocks by address: open addressing, at most half full.
   class Table {
@@ -149,14 +193,17 @@ class AllocFront {
 
   bool stepped_aside() const;
   bool end(void* ptr);
+  void forget(Block* block);
   void end_late();
   void start(c10::DeviceIndex index);
   Lists* lists_of(Device& device, c10::StreamId stream);
   Lists& make_lists(Device& device, c10::StreamId stream);
-  void spend(c10::DeviceIndex index, const Amount& amount, bool small = true);
+  void spend(c10::DeviceIndex index, Pool pool, const Amount& amount);
+  Amount ever_allocated(c10::DeviceIndex index);
   void measure(c10::DeviceIndex index);
-  size_t flush_lists(Device& device, Lists& lists);
+  size_t flush_lists(Device& device, Lists& lists, bool large_only = false);
   size_t flush_locked(c10::DeviceIndex device);
+  Amount prepare_large(c10::DeviceIndex device);
 
   Native& native_;
   SpinLock lock_;

@@ -22,7 +22,7 @@ constexpr size_t kMiB = 1 << 20;
 // What a request takes. Large blocks are up to 1 MiB longer: too little to be worth a block of its own.
 inline size_t block_size(size_t n) {
   const size_t size = (n + 511) / 512 * 512;
-  return n <= kMiB ? size : size + n * 2654435761u % 2048 * 512;
+  return n <= kMiB ? size : size + size / 512 * 2654435761u % 2048 * 512;
 }
 
 // Enters a block, or takes it off.

@@ -1,4 +1,4 @@
-// alloc_front_test.cc: checks and a benchmark of the small-block front over a native allocator made for the purpose,
+// alloc_front_test.cc: checks and a benchmark of the allocator's front over a native allocator made for the purpose,
 // without CUDA. The statistics are compared with those of the same calls without a front.
 //
 // Usage: alloc_front_test [bench | roundup]. Prints one line per check; the exit status is the number of failures.
@@ -74,8 +74,47 @@ void reuse_in_a_class() {
   EXPECT(f.get(1000).get() != first && f.native.calls == 2);
   EXPECT(f.get(1025).get() != first && f.native.calls == 3);  // another class
   EXPECT(f.get(0).get() == nullptr && f.native.calls == 3);
-  f.get(kMiB + 1).clear();
-  EXPECT(f.native.living() == 3);  // large: not kept
+  f.get(AllocFront::kLargest + 1).clear();
+  EXPECT(f.native.living() == 3);  // too large: not kept
+}
+
+void large_classes_share_lists() {
+  Fixture f;
+  std::vector<void*> address(2000);
+  std::vector<DataPtr> held;
+  const auto size = [](size_t i) { return kMiB + 512 * i + 1; };
+  for (size_t i = 0; i < address.size(); i++) address[i] = held.emplace_back(f.get(size(i))).get();
+  held.clear();
+  const size_t calls = f.native.calls;
+  size_t same = 0;
+  for (size_t i = 0; i < address.size(); i++) same += held.emplace_back(f.get(size(i) + 300)).get() == address[i];
+  EXPECT(same == address.size() && f.native.calls == calls);
+}
+
+void a_new_large_class_gives_the_others_back() {
+  Fixture f;
+  f.get(512).clear();
+  f.get(2 * kMiB).clear();
+  f.get(2 * kMiB).clear();
+  EXPECT(f.native.living() == 2 && f.native.calls == 2);
+  DataPtr other = f.get(kMiB + 512);
+  EXPECT(f.native.living() == 2);  // the small one still waits
+  f.get(2 * kMiB).clear();
+  EXPECT(f.native.calls == 4);
+}
+
+// Two threads in the native allocator at once: what a block takes cannot be told, and it is not kept.
+void a_large_block_of_unknown_size() {
+  Fixture f;
+  f.native.capacity = 0;
+  f.native.when_short = [&] {
+    f.native.capacity = size_t{1} << 40;
+    f.native.allocate(3 * kMiB).release_context();  // another thread's
+  };
+  f.get(2 * kMiB).clear();
+  EXPECT(f.native.living() == 1);
+  f.get(2 * kMiB).clear();
+  EXPECT(f.native.living() == 2);
 }
 
 void streams_and_devices_are_apart() {
@@ -130,9 +169,9 @@ void recorded_blocks_are_not_kept() {
 void bounded() {
   Fixture f;
   std::vector<DataPtr> all;
-  for (int64_t i = 0; i < AllocFront::kMostWaiting / static_cast<int64_t>(kMiB) + 36; i++) all.push_back(f.get(kMiB));
+  for (int64_t i = 0; i < AllocFront::kMostBlocks + 36; i++) all.push_back(f.get(kMiB));
   all.clear();
-  EXPECT(f.native.living() == AllocFront::kMostWaiting / kMiB);
+  EXPECT(f.native.living() == AllocFront::kMostBlocks);
 }
 
 void out_of_memory_flushes() {
@@ -394,6 +433,9 @@ int main(int argc, char** argv) {
   if (mode == "bench") return bench(), 0;
   const std::pair<const char*, void (*)()> checks[] = {
       {"reuse in a class", reuse_in_a_class},
+      {"large classes share lists", large_classes_share_lists},
+      {"a new large class gives the others back", a_new_large_class_gives_the_others_back},
+      {"a large block of unknown size", a_large_block_of_unknown_size},
       {"streams and devices are apart", streams_and_devices_are_apart},
       {"many streams", many_streams},
       {"freed by another thread", freed_by_another_thread},
