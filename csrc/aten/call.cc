@@ -2,6 +2,7 @@
 #include "csrc/aten/call.h"
 
 #include "csrc/runtime/device_trace.h"
+#include "csrc/runtime/free_list.h"
 #include "csrc/runtime/generator.h"
 #include "csrc/runtime/last_ops.h"
 
@@ -17,6 +18,9 @@ const c10::DispatchKeySet kLazyBits({c10::DispatchKey::Conjugate, c10::DispatchK
 // tell an alias that a kernel replaced.
 class AliasImpl final : public c10::TensorImpl {
  public:
+  using Memory = FreeList<AliasImpl, sizeof(c10::TensorImpl)>;
+  static void* operator new(size_t) { return Memory::take(); }
+  static void operator delete(void* piece) noexcept { Memory::give(piece); }
   AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {
     version_counter_ = c10::VariableVersion(0);  // in inference mode there would be none
   }
@@ -45,6 +49,8 @@ class AliasImpl final : public c10::TensorImpl {
   // A native tensor's keys become flagos ones.
   static void relabel(c10::TensorImpl* impl) { impl->*(&AliasImpl::key_set_) = native.relabel_back(impl->key_set()); }
 };
+
+static_assert(sizeof(AliasImpl) == sizeof(c10::TensorImpl));
 
 // A loop, because comparing the arrays would call memcmp for a few numbers.
 bool same_geometry(const c10::TensorImpl& a, const c10::TensorImpl& b) {

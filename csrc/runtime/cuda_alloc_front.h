@@ -29,6 +29,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "csrc/runtime/free_list.h"
 #include "csrc/runtime/spin_lock.h"
 
 namespace flagos {
@@ -107,6 +108,9 @@ class AllocFront {
   static Pool pool_of(uint32_t size_class) { return size_class * kStep <= kSmall ? kSmallPool : kLargePool; }
   // Blocks and devices: what is used together lies in as few lines of the processor's cache as it can.
   struct alignas(64) Block {
+    using Memory = FreeList<Block, 64>;
+    static void* operator new(size_t) { return Memory::take(); }
+    static void operator delete(void* piece) noexcept { Memory::give(piece); }
     void* ptr;
     Block* next;
     c10::StreamId stream;
@@ -170,6 +174,7 @@ class AllocFront {
     int64_t peak[5][kPools] = {};
     int64_t waiting(Pool pool = kAll) const { return returned.of(pool).count - taken.of(pool).count; }
   };
+  static_assert(sizeof(Block) == 64);
   // Blocks by address: open addressing, at most half full.
   class Table {
    public:

@@ -16,30 +16,32 @@
 namespace flagos {
 
 // Every thread keeps some pieces. Forward passes take what backward passes free on another thread, so that pieces move
-// between threads, many at a time, through a store that all of them share. Tag: one list per type that uses it.
+// between threads, many at a time, through a store that all of them share. New ones are made many at a time, side by
+// side: one by one they would lie scattered between other objects, each in another line and page of the processor's
+// caches. They are never returned to malloc. Tag: one list per type that uses it.
 template <class Tag, size_t kSize>
 class FreeList {
  public:
   static void* take() {
     Own* own = threads_own();
     if (C10_LIKELY(own != nullptr && (own->count != 0 || refill(*own)))) return own->piece[--own->count];
-    return ::operator new(kSize);
+    return make(1);
   }
   static void give(void* piece) noexcept {
     Own* own = threads_own();
-    if (C10_UNLIKELY(own == nullptr || (own->count == kMost && !spill(*own)))) return ::operator delete(piece);
+    if (C10_UNLIKELY(own == nullptr)) return give_shared(&piece, 1);
+    if (C10_UNLIKELY(own->count == kMost)) spill(*own);
     own->piece[own->count++] = piece;
   }
 
  private:
-  static constexpr size_t kBatch = 64, kMost = 2 * kBatch;
-  static constexpr size_t kMostShared = size_t{1} << 14;
+  static constexpr size_t kBatch = 64, kMost = 2 * kBatch, kAlignment = 64;
 
   struct Own {
     void* piece[kMost];
     size_t count = 0;
     ~Own() {
-      while (count != 0) ::operator delete(piece[--count]);
+      give_shared(piece, count);
       state = Thread{nullptr, true};
     }
   };
@@ -49,7 +51,8 @@ class FreeList {
   };
   struct Shared {
     SpinLock lock;
-    std::vector<void*> pieces;
+    std::vector<void*> pieces;  // has room for all that were ever made
+    size_t made = 0;
   };
 
   // Null while the thread ends.
@@ -60,31 +63,45 @@ class FreeList {
     return state.own = own.get();
   }
   static Shared& shared() {
-    static Shared& store = *new Shared{{}, {}};  // never destroyed: storages may outlive statics
+    static Shared& store = *new Shared();  // never destroyed: storages may outlive statics
     return store;
   }
-  // Neither this nor spill in a forked child, where somebody may have held the lock.
-  static bool refill(Own& own) noexcept {
+  // The store is not touched in a forked child, where somebody may have held the lock.
+  static void* make(size_t n) {
+    if (!in_bad_fork()) {
+      Shared& store = shared();
+      const std::lock_guard<SpinLock> guard(store.lock);
+      store.made += n;
+      if (store.pieces.capacity() < store.made) store.pieces.reserve(std::max(store.made, 2 * store.pieces.capacity()));
+    }
+    return ::operator new(n * kSize, std::align_val_t(kAlignment));
+  }
+  static bool refill(Own& own) {
     if (in_bad_fork()) return false;
+    {
+      Shared& store = shared();
+      const std::lock_guard<SpinLock> guard(store.lock);
+      own.count = std::min(kBatch, store.pieces.size());
+      std::copy(store.pieces.end() - own.count, store.pieces.end(), own.piece);
+      store.pieces.resize(store.pieces.size() - own.count);
+    }
+    if (own.count != 0) return true;
+    auto* const first = static_cast<std::byte*>(make(kBatch));
+    for (size_t i = 0; i < kBatch; i++) own.piece[i] = first + (kBatch - 1 - i) * kSize;
+    own.count = kBatch;
+    return true;
+  }
+  static void give_shared(void** pieces, size_t n) noexcept {
+    if (in_bad_fork()) return;
     Shared& store = shared();
     const std::lock_guard<SpinLock> guard(store.lock);
-    const size_t n = std::min(kBatch, store.pieces.size());
-    std::copy(store.pieces.end() - n, store.pieces.end(), own.piece);
-    store.pieces.resize(store.pieces.size() - n);
-    own.count = n;
-    return n != 0;
+    store.pieces.insert(store.pieces.end(), pieces, pieces + n);
   }
   // Keeps the younger half, which the processor's cache still knows.
-  static bool spill(Own& own) noexcept {
-    if (in_bad_fork()) return false;
-    Shared& store = shared();
-    const std::lock_guard<SpinLock> guard(store.lock);
-    if (store.pieces.size() >= kMostShared) return false;
-    if (store.pieces.capacity() == 0) store.pieces.reserve(kMostShared + kBatch);
-    store.pieces.insert(store.pieces.end(), own.piece, own.piece + kBatch);
+  static void spill(Own& own) noexcept {
+    give_shared(own.piece, kBatch);
     std::copy(own.piece + kBatch, own.piece + kMost, own.piece);
     own.count -= kBatch;
-    return true;
   }
 
   static __thread Thread state __attribute__((tls_model("initial-exec")));

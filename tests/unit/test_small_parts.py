@@ -30,7 +30,7 @@ def test_written_arguments_of_every_schema(tmp_path):
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_free_list(sanitizer, tmp_path):
     program = build(tmp_path, "free_list_test", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-    # The pieces in the shared store live as long as the process.
+    # The pieces live as long as the process.
     environment = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "die_after_fork=0"}
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
