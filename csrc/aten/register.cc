@@ -12,6 +12,7 @@ void register_half_transforms();  // fft.cc
 void register_softmax();          // softmax.cc
 void register_cudnn();            // cudnn.cc
 void register_derivatives();      // derivatives.cc
+void register_linear();           // linear.cc
 void register_flash_attention();  // sdpa.cc
 
 namespace {
@@ -71,7 +72,10 @@ void register_operators() {
       library->impl(route->name, route->function());
     }
   }
-  if (native.present) register_layouts();
+  if (native.present) {
+    register_layouts();
+    register_linear();
+  }
 }
 
 }  // namespace flagos

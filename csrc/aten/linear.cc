@@ -1,0 +1,172 @@
+// linear.cc: a linear layer without bias in one step, where torch composes it of t, view, mm and _unsafe_view with a
+// node of autograd each.
+//
+// The layers of a transformer spend more of the host's time in those than in mm itself. The same mm is called with the
+// same sizes and strides, forward and backward, so that results are those of the composition bit for bit. Whatever
+// is not plain (a bias, other strides, forward-mode derivatives, a transform or mode that watches operators, another
+// kernel for mm, a profiler, a backward pass that is to be differentiated) takes the composition.
+#include <ATen/ATen.h>
+#include <ATen/ops/linear_native.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/library.h>
+
+#include "csrc/aten/call.h"
+#include "csrc/aten/interop.h"
+#include "csrc/aten/route.h"
+#include "csrc/runtime/torch_version.h"
+
+namespace flagos {
+
+namespace {
+
+namespace autograd = torch::autograd;
+using at::Tensor;
+using Mm = at::_ops::mm;
+
+// ---- what is plain -------------------------------------------------------------------------------------------------
+
+// mm is torch's own kernel here, and nobody watches single operators.
+bool mm_is_native() {
+  const Slot& slot = Route<Mm>::slot;
+  void* const kernel = slot.fast.load(std::memory_order_relaxed);
+  return kernel != nullptr && kernel == slot.relabel && !at::hasCallbacks() &&
+         (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
+}
+
+bool plain(const Tensor& t) {
+  static const auto dense =
+      c10::DispatchKeySet({c10::DispatchKey::PrivateUse1, c10::DispatchKey::AutogradPrivateUse1,
+                           c10::DispatchKey::AutocastPrivateUse1, c10::DispatchKey::ADInplaceOrView})
+          .raw_repr();
+  if ((t.key_set().raw_repr() & ~dense) != 0 || !is_flagos(t) || t.numel() == 0 || t.dim() < 2) return false;
+  // Stricter than is_contiguous(), for which the stride of a dimension of size 1 means nothing: torch folds by it.
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (int64_t d = t.dim(); d-- > 0; expected *= sizes[d]) {
+    if (strides[d] != expected) return false;
+  }
+  return true;
+}
+
+bool together(const Tensor& a, const Tensor& b) {
+  return plain(a) && plain(b) && a.scalar_type() == b.scalar_type() && a.is_floating_point() &&
+         a.device() == b.device() && !a.is_same(b);
+}
+
+bool plain_layer(const Tensor& input, const Tensor& weight) {
+  // A single column has the strides of a transposed matrix, too, for which torch's formula differs.
+  return mm_is_native() && weight.dim() == 2 && together(input, weight) && input.size(-1) == weight.size(1) &&
+         weight.size(1) > 1 && !autograd::isFwGradDefined(input) && !autograd::isFwGradDefined(weight);
+}
+
+// ---- one mm --------------------------------------------------------------------------------------------------------
+
+// A tensor as the matrix of its last dimension and all others, perhaps transposed.
+struct Matrix {
+  const Tensor& tensor;
+  bool transposed = false;
+
+  void shape(Tensor& alias) const {
+    auto* impl = alias.unsafeGetTensorImpl();
+    const auto columns = impl->sizes().back(), rows = impl->numel() / columns;
+    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1}, turned[] = {columns, rows},
+                  steps[] = {1, columns};
+    impl->set_sizes_and_strides(at::IntArrayRef(transposed ? turned : sizes), transposed ? steps : strides);
+  }
+};
+
+// The product under the given sizes. The aliases of a call are its own, so they can be reshaped in place.
+Tensor multiply(const Matrix& a, const Matrix& b, at::IntArrayRef sizes) {
+  remember_op(Route<Mm>::slot.name);
+  const BelowAutograd below;
+  Call call;
+  call.add(a.tensor, /*write=*/false, /*list=*/false, /*borrow=*/true);
+  call.add(b.tensor, /*write=*/false, /*list=*/false, /*borrow=*/true);
+  call.enter(Mm::name);
+  a.shape(call[0]);
+  b.shape(call[1]);
+  try {
+    Tensor product = call.result(Mm::redispatch(native.dense, call[0], call[1]));
+    product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    return product;
+  } catch (c10::Error& error) {
+    tell(error, Mm::name);
+    throw;
+  }
+}
+
+// ---- autograd ------------------------------------------------------------------------------------------------------
+
+class LinearBackward final : public autograd::Node {
+ public:
+  void save(const Tensor& input, const Tensor& weight) {
+    if (should_compute_output(0)) weight_ = autograd::SavedVariable(weight, /*is_output=*/false);
+    if (should_compute_output(1)) input_ = autograd::SavedVariable(input, /*is_output=*/false);
+    input_sizes_ = input.sizes().vec();
+  }
+
+  autograd::variable_list apply(autograd::variable_list&& gradients) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor gradient = std::move(gradients[0]);
+    autograd::variable_list results(2);
+    if (!gradient.defined()) return results;
+    const bool watched = at::GradMode::is_enabled() || !mm_is_native();
+    if (task_should_compute_output({0})) {
+      const Tensor weight = weight_.unpack();
+      results[0] = !watched && together(gradient, weight)
+                       ? multiply({gradient}, {weight}, input_sizes_)
+                       : gradient.reshape({-1, gradient.size(-1)}).mm(weight).reshape(input_sizes_);
+    }
+    if (task_should_compute_output({1})) {
+      const Tensor input = input_.unpack();
+      results[1] = !watched && together(gradient, input)
+                       ? multiply({gradient, true}, {input}, {gradient.size(-1), input.size(-1)})
+                       : gradient.reshape({-1, gradient.size(-1)}).t().mm(input.reshape({-1, input.size(-1)}));
+    }
+    return results;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    input_.reset_data();
+    weight_.reset_data();
+  }
+  std::string name() const override { return "LinearBackward0"; }
+
+ private:
+  autograd::SavedVariable input_, weight_;
+  std::vector<int64_t> input_sizes_;
+};
+
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if ((bias && bias->defined()) || !plain_layer(input, weight)) return at::native::linear(input, weight, bias);
+  at::DimVector sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  Tensor result = multiply({input}, {weight, true}, sizes);
+  if (autograd::compute_requires_grad(input, weight)) {
+#if FLAGOS_INTRUSIVE_NODES
+    const auto node = c10::make_intrusive<LinearBackward>();
+#else
+    const std::shared_ptr<LinearBackward> node(new LinearBackward, autograd::deleteNode);
+#endif
+    node->set_next_edges(autograd::collect_next_edges(input, weight));
+    node->save(input, weight);
+    node->add_input_metadata(result);
+    autograd::impl::set_gradient_edge(result, {node, 0});
+  }
+  return result;
+}
+
+}  // namespace
+
+void register_linear() {
+  static auto* const library =
+      new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);
+  library->impl("linear", TORCH_FN(linear));
+}
+
+}  // namespace flagos
