@@ -1,10 +1,10 @@
-// linear.cc: a linear layer without bias in one step, where torch composes it of t, view, mm and _unsafe_view with a
-// node of autograd each.
+// linear.cc: a linear layer in one step, where torch composes it of t, two views and mm or addmm with a node of
+// autograd each.
 //
-// The layers of a transformer spend more of the host's time in those than in mm itself. The same mm is called with the
-// same sizes and strides, forward and backward, so that results are those of the composition bit for bit. Whatever
-// is not plain (a bias, other strides, forward-mode derivatives, a transform or mode that watches operators, another
-// kernel for mm, a profiler, a backward pass that is to be differentiated) takes the composition.
+// The layers of a transformer spend more of the host's time in the others than in mm itself. The same mm or addmm is
+// called with the same sizes and strides, forward and backward, so that results are those of the composition bit for
+// bit. Whatever is not plain (other strides, forward-mode derivatives, a transform or mode that watches operators,
+// another kernel for mm, a profiler, a backward pass that is to be differentiated) takes the composition.
 #include <ATen/ATen.h>
 #include <ATen/ops/linear_native.h>
 #include <ATen/record_function.h>
@@ -25,13 +25,16 @@ namespace {
 
 namespace autograd = torch::autograd;
 using at::Tensor;
+using OptionalTensor = const std::optional<Tensor>&;
 using Mm = at::_ops::mm;
+using Addmm = at::_ops::addmm;
 
 // ---- what is plain -------------------------------------------------------------------------------------------------
 
-// mm is torch's own kernel here, and nobody watches single operators.
-bool mm_is_native() {
-  const Slot& slot = Route<Mm>::slot;
+// The operator is torch's own kernel here, and nobody watches single operators.
+template <class Op>
+bool is_native() {
+  const Slot& slot = Route<Op>::slot;
   void* const kernel = slot.fast.load(std::memory_order_relaxed);
   return kernel != nullptr && kernel == slot.relabel && !at::hasCallbacks() &&
          (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
@@ -42,7 +45,7 @@ bool plain(const Tensor& t) {
       c10::DispatchKeySet({c10::DispatchKey::PrivateUse1, c10::DispatchKey::AutogradPrivateUse1,
                            c10::DispatchKey::AutocastPrivateUse1, c10::DispatchKey::ADInplaceOrView})
           .raw_repr();
-  if ((t.key_set().raw_repr() & ~dense) != 0 || !is_flagos(t) || t.numel() == 0 || t.dim() < 2) return false;
+  if ((t.key_set().raw_repr() & ~dense) != 0 || !is_flagos(t) || t.numel() == 0) return false;
   // Stricter than is_contiguous(), for which the stride of a dimension of size 1 means nothing: torch folds by it.
   const auto sizes = t.sizes(), strides = t.strides();
   int64_t expected = 1;
@@ -53,17 +56,23 @@ bool plain(const Tensor& t) {
 }
 
 bool together(const Tensor& a, const Tensor& b) {
-  return plain(a) && plain(b) && a.scalar_type() == b.scalar_type() && a.is_floating_point() &&
+  return plain(a) && plain(b) && a.dim() >= 2 && a.scalar_type() == b.scalar_type() && a.is_floating_point() &&
          a.device() == b.device() && !a.is_same(b);
 }
 
-bool plain_layer(const Tensor& input, const Tensor& weight) {
+bool plain_layer(const Tensor& input, const Tensor& weight, OptionalTensor bias) {
   // A single column has the strides of a transposed matrix, too, for which torch's formula differs.
-  return mm_is_native() && weight.dim() == 2 && together(input, weight) && input.size(-1) == weight.size(1) &&
-         weight.size(1) > 1 && !autograd::isFwGradDefined(input) && !autograd::isFwGradDefined(weight);
+  if (weight.dim() != 2 || !together(input, weight) || input.size(-1) != weight.size(1) || weight.size(1) == 1 ||
+      autograd::isFwGradDefined(input) || autograd::isFwGradDefined(weight)) {
+    return false;
+  }
+  if (!bias || !bias->defined()) return is_native<Mm>();
+  return is_native<Addmm>() && bias->dim() == 1 && bias->size(0) == weight.size(0) && together(weight, *bias) &&
+         !autograd::isFwGradDefined(*bias);
 }
 
-// ---- one mm --------------------------------------------------------------------------------------------------------
+// ---- one product
+// --------------------------------------------------------------------------------------------------------
 
 // A tensor as the matrix of its last dimension and all others, perhaps transposed.
 struct Matrix {
@@ -79,22 +88,31 @@ struct Matrix {
   }
 };
 
-// The product under the given sizes. The aliases of a call are its own, so they can be reshaped in place.
-Tensor multiply(const Matrix& a, const Matrix& b, at::IntArrayRef sizes) {
-  remember_op(Route<Mm>::slot.name);
+// a @ b under the given sizes; bias + a @ b where there is one. The aliases of a call are its own, so they can be
+// reshaped in place.
+template <class Op>
+Tensor multiply(const Matrix& a, const Matrix& b, at::IntArrayRef sizes, const Tensor* bias = nullptr) {
+  remember_op(Route<Op>::slot.name);
   const BelowAutograd below;
   Call call;
   call.add(a.tensor, /*write=*/false, /*list=*/false, /*borrow=*/true);
   call.add(b.tensor, /*write=*/false, /*list=*/false, /*borrow=*/true);
-  call.enter(Mm::name);
+  if constexpr (std::is_same_v<Op, Addmm>) call.add(*bias, /*write=*/false, /*list=*/false, /*borrow=*/true);
+  call.enter(Op::name);
   a.shape(call[0]);
   b.shape(call[1]);
   try {
-    Tensor product = call.result(Mm::redispatch(native.dense, call[0], call[1]));
+    Tensor product;
+    if constexpr (std::is_same_v<Op, Addmm>) {
+      product = Addmm::redispatch(native.dense, call[2], call[0], call[1], /*beta=*/1, /*alpha=*/1);
+    } else {
+      product = Mm::redispatch(native.dense, call[0], call[1]);
+    }
+    product = call.result(std::move(product));
     product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
     return product;
   } catch (c10::Error& error) {
-    tell(error, Mm::name);
+    tell(error, Op::name);
     throw;
   }
 }
@@ -112,21 +130,22 @@ class LinearBackward final : public autograd::Node {
   autograd::variable_list apply(autograd::variable_list&& gradients) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor gradient = std::move(gradients[0]);
-    autograd::variable_list results(2);
+    autograd::variable_list results(3);
     if (!gradient.defined()) return results;
-    const bool watched = at::GradMode::is_enabled() || !mm_is_native();
+    const bool watched = at::GradMode::is_enabled() || !is_native<Mm>();
+    const auto matrix = [](const Tensor& t) { return t.reshape({-1, t.size(-1)}); };
     if (task_should_compute_output({0})) {
       const Tensor weight = weight_.unpack();
-      results[0] = !watched && together(gradient, weight)
-                       ? multiply({gradient}, {weight}, input_sizes_)
-                       : gradient.reshape({-1, gradient.size(-1)}).mm(weight).reshape(input_sizes_);
+      results[0] = !watched && together(gradient, weight) ? multiply<Mm>({gradient}, {weight}, input_sizes_)
+                                                          : matrix(gradient).mm(weight).reshape(input_sizes_);
     }
     if (task_should_compute_output({1})) {
       const Tensor input = input_.unpack();
       results[1] = !watched && together(gradient, input)
-                       ? multiply({gradient, true}, {input}, {gradient.size(-1), input.size(-1)})
-                       : gradient.reshape({-1, gradient.size(-1)}).t().mm(input.reshape({-1, input.size(-1)}));
+                       ? multiply<Mm>({gradient, true}, {input}, {gradient.size(-1), input.size(-1)})
+                       : matrix(gradient).t().mm(matrix(input));
     }
+    if (task_should_compute_output({2})) results[2] = matrix(gradient);  // the engine sums it up, as for addmm
     return results;
   }
 
@@ -142,18 +161,19 @@ class LinearBackward final : public autograd::Node {
   std::vector<int64_t> input_sizes_;
 };
 
-Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  if ((bias && bias->defined()) || !plain_layer(input, weight)) return at::native::linear(input, weight, bias);
+Tensor linear(const Tensor& input, const Tensor& weight, OptionalTensor bias) {
+  if (!plain_layer(input, weight, bias)) return at::native::linear(input, weight, bias);
   at::DimVector sizes(input.sizes());
   sizes.back() = weight.size(0);
-  Tensor result = multiply({input}, {weight, true}, sizes);
-  if (autograd::compute_requires_grad(input, weight)) {
+  Tensor result = bias && bias->defined() ? multiply<Addmm>({input}, {weight, true}, sizes, &*bias)
+                                          : multiply<Mm>({input}, {weight, true}, sizes);
+  if (autograd::compute_requires_grad(input, weight, bias)) {
 #if FLAGOS_INTRUSIVE_NODES
     const auto node = c10::make_intrusive<LinearBackward>();
 #else
     const std::shared_ptr<LinearBackward> node(new LinearBackward, autograd::deleteNode);
 #endif
-    node->set_next_edges(autograd::collect_next_edges(input, weight));
+    node->set_next_edges(autograd::collect_next_edges(input, weight, bias));
     node->save(input, weight);
     node->add_input_metadata(result);
     autograd::impl::set_gradient_edge(result, {node, 0});

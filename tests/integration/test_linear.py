@@ -1,10 +1,11 @@
-"""A linear layer without bias in one step: the same bits, gradients and errors as torch's composition."""
+"""A linear layer in one step: the same bits, gradients and errors as torch's composition."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_fl
 from tests.common.process import check_python
@@ -30,8 +31,21 @@ def make(shape, device, dtype, seed, grad=True):
     return torch.randn(shape).to(device, dtype).requires_grad_(grad)
 
 
-def composed(x, w):
-    return torch.matmul(x, w.t())
+class Watch(TorchDispatchMode):
+    """Sees every operator below autograd; while it does, torch composes the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def composed(*arguments):
+    with Watch():
+        return F.linear(*arguments)
 
 
 SHAPES = [((4, 8), 16), ((2, 3, 8), 16), ((1, 1, 8), 16), ((2, 1, 3, 8), 5), ((1, 8), 1), ((3, 2), 7)]
@@ -39,13 +53,14 @@ SHAPES = [((4, 8), 16), ((2, 3, 8), 16), ((1, 1, 8), 16), ((2, 1, 3, 8), 5), ((1
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("shape", "out"), SHAPES)
-@pytest.mark.parametrize(("x_grad", "w_grad"), [(True, True), (True, False), (False, True)])
-def test_bits_and_gradients(device, shape, out, dtype, x_grad, w_grad):
-    x, w = make(shape, device, dtype, 0, x_grad), make((out, shape[-1]), device, dtype, 1, w_grad)
-    a, b = F.linear(x, w), composed(x, w)
+@pytest.mark.parametrize("needed", ["xw", "x", "w", "xwb", "x_b", "b", "w_b", "x_"])  # _: a bias without gradient
+def test_bits_and_gradients(device, shape, out, dtype, needed):
+    x, w = make(shape, device, dtype, 0, "x" in needed), make((out, shape[-1]), device, dtype, 1, "w" in needed)
+    bias = [make((out,), device, dtype, 3, "b" in needed)] if set(needed) & set("b_") else []
+    a, b = F.linear(x, w, *bias), composed(x, w, *bias)
     assert taken(a) and not taken(b)
     assert a.shape == (*shape[:-1], out) and a.stride() == b.stride() and a.equal(b)
-    leaves = [t for t in (x, w) if t.requires_grad]
+    leaves = [t for t in (x, w, *bias) if t.requires_grad]
     g = make(a.shape, device, dtype, 2, False)
     for mine, torchs in zip(torch.autograd.grad(a, leaves, g), torch.autograd.grad(b, leaves, g), strict=True):
         assert mine.equal(torchs) and mine.stride() == torchs.stride() and mine.dtype == dtype
@@ -54,19 +69,26 @@ def test_bits_and_gradients(device, shape, out, dtype, x_grad, w_grad):
 def test_the_same_as_on_the_cpu(device):
     if torch_fl.chip() != "host":
         pytest.skip("only the host chip computes as the CPU does")
-    x, w = make((2, 5, 8), "cpu", torch.float32, 0), make((6, 8), "cpu", torch.float32, 1)
-    expected = F.linear(x, w)
+    layer = torch.nn.Linear(8, 6)
+    x = make((2, 5, 8), "cpu", torch.float32, 0)
+    expected = layer(x)
     expected.square().sum().backward()
-    a, b = (t.detach().to(device).requires_grad_() for t in (x, w))
-    result = F.linear(a, b)
+    grads = [x.grad, layer.weight.grad, layer.bias.grad]
+    layer.zero_grad()
+    layer.to(device)
+    a = x.detach().to(device).requires_grad_()
+    result = layer(a)
     result.square().sum().backward()
-    assert result.cpu().equal(expected) and a.grad.cpu().equal(x.grad) and b.grad.cpu().equal(w.grad)
+    assert taken(result) and result.cpu().equal(expected)
+    for mine, torchs in zip([a.grad, layer.weight.grad, layer.bias.grad], grads, strict=True):
+        assert mine.cpu().equal(torchs)
 
 
 def test_what_is_not_plain_is_composed(device):
     x, w = make((2, 3, 8), device, torch.float32, 0), make((4, 8), device, torch.float32, 1)
     cases = {
-        "bias": F.linear(x, w, make((4,), device, torch.float32, 2)),
+        "a bias of two dimensions": F.linear(x, w, make((1, 4), device, torch.float32, 2)),
+        "a bias of one element": F.linear(x, w, make((1,), device, torch.float32, 2)),
         "strides of the input": F.linear(make((3, 2, 8), device, torch.float32, 0).transpose(0, 1), w),
         "strides of the weight": F.linear(x, make((8, 4), device, torch.float32, 1).t()),
         "one dimension": F.linear(x[0, 0], w),
@@ -79,6 +101,11 @@ def test_what_is_not_plain_is_composed(device):
     assert cases["the same tensor twice"].equal(composed(square, square))
 
 
+def test_the_weight_of_one_row_is_its_own_bias(device):
+    t = make((1, 1), device, torch.float32, 0)
+    assert F.linear(t, t, t[0]).equal(composed(t, t, t[0]))
+
+
 def test_gradients_that_are_not_contiguous(device):
     x, w = make((2, 3, 8), device, torch.float32, 0), make((4, 8), device, torch.float32, 1)
     mine, torchs = (torch.autograd.grad(f(x, w).sum(), (x, w)) for f in (F.linear, composed))
@@ -87,7 +114,8 @@ def test_gradients_that_are_not_contiguous(device):
 
 def test_differentiated_twice(device):
     x, w = make((2, 3, 4), device, torch.float64, 0), make((5, 4), device, torch.float64, 1)
-    assert torch.autograd.gradcheck(F.linear, (x, w)) and torch.autograd.gradgradcheck(F.linear, (x, w))
+    for arguments in ((x, w), (x, w, make((5,), device, torch.float64, 2))):
+        assert torch.autograd.gradcheck(F.linear, arguments) and torch.autograd.gradgradcheck(F.linear, arguments)
 
 
 def test_forward_mode_and_transforms(device):
@@ -95,10 +123,13 @@ def test_forward_mode_and_transforms(device):
     t = make((2, 3, 4), device, torch.float64, 2, False)
     assert torch.autograd.gradcheck(F.linear, (x.requires_grad_(), w.requires_grad_()), check_forward_ad=True)
     x, w = x.detach(), w.detach()
-    for value, tangent in (torch.func.jvp(lambda a: F.linear(a, w), (x,), (t,)),):
-        assert torch.allclose(value, composed(x, w)) and torch.allclose(tangent, composed(t, w))
+    value, tangent = torch.func.jvp(lambda a: F.linear(a, w), (x,), (t,))
+    assert torch.allclose(value, composed(x, w)) and torch.allclose(tangent, composed(t, w))
+    bias = make((5,), device, torch.float64, 3, False)
+    _, tangent = torch.func.jvp(lambda b: F.linear(x, w, b), (bias,), (bias,))
+    assert torch.allclose(tangent, bias.expand(2, 3, 5))
     loss = torch.func.grad(lambda a, b: F.linear(a, b).square().sum(), argnums=(0, 1))
-    expected = torch.func.grad(lambda a, b: composed(a, b).square().sum(), argnums=(0, 1))
+    expected = torch.func.grad(lambda a, b: (a @ b.t()).square().sum(), argnums=(0, 1))
     for a, b in zip(loss(x, w), expected(x, w), strict=True):
         assert torch.allclose(a, b)
     assert torch.allclose(torch.func.vmap(F.linear, in_dims=(0, None))(x, w), composed(x, w))
@@ -107,20 +138,11 @@ def test_forward_mode_and_transforms(device):
 
 
 def test_modes_and_routes_see_mm(device):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     x, w = make((2, 3, 8), device, torch.float32, 0), make((4, 8), device, torch.float32, 1)
     plain = F.linear(x, w)
-    with Watch():
-        assert not taken(F.linear(x, w))
-    assert "aten.mm.default" in seen
+    with Watch() as watch:
+        assert not taken(F.linear(x, w)) and not taken(F.linear(x, w, w[:, 0].detach().clone()))
+    assert {"aten.mm.default", "aten.addmm.default"} <= set(watch.seen)
     with torch_fl.route({"mm": "cpu"}):
         routed = F.linear(x, w)
         assert not taken(routed) and torch.allclose(routed, plain)
