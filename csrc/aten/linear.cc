@@ -121,30 +121,24 @@ Tensor multiply(const Matrix& a, const Matrix& b, at::IntArrayRef sizes, const T
 
 class LinearBackward final : public autograd::Node {
  public:
-  void save(const Tensor& input, const Tensor& weight) {
+  void save(const Tensor& input, const Tensor& weight, bool bias) {
     if (should_compute_output(0)) weight_ = autograd::SavedVariable(weight, /*is_output=*/false);
     if (should_compute_output(1)) input_ = autograd::SavedVariable(input, /*is_output=*/false);
     input_sizes_ = input.sizes().vec();
+    of_addmm_ = bias;
   }
 
   autograd::variable_list apply(autograd::variable_list&& gradients) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor gradient = std::move(gradients[0]);
     autograd::variable_list results(3);
-    if (!gradient.defined()) return results;
+    if (!gradients[0].defined()) return results;
+    // What is not plain is perhaps copied here, once for all.
+    const Tensor gradient = plain(gradients[0]) ? std::move(gradients[0]) : matrix(gradients[0]);
     const bool watched = at::GradMode::is_enabled() || !is_native<Mm>();
-    const auto matrix = [](const Tensor& t) { return t.reshape({-1, t.size(-1)}); };
-    if (task_should_compute_output({0})) {
-      const Tensor weight = weight_.unpack();
-      results[0] = !watched && together(gradient, weight) ? multiply<Mm>({gradient}, {weight}, input_sizes_)
-                                                          : matrix(gradient).mm(weight).reshape(input_sizes_);
-    }
-    if (task_should_compute_output({1})) {
-      const Tensor input = input_.unpack();
-      results[1] = !watched && together(gradient, input)
-                       ? multiply<Mm>({gradient, true}, {input}, {gradient.size(-1), input.size(-1)})
-                       : matrix(gradient).t().mm(matrix(input));
-    }
+    // In the order of torch's formulas, which for mm is another one than for addmm.
+    if (of_addmm_) results[0] = for_input(gradient, watched);
+    results[1] = for_weight(gradient, watched);
+    if (!of_addmm_) results[0] = for_input(gradient, watched);
     if (task_should_compute_output({2})) results[2] = matrix(gradient);  // the engine sums it up, as for addmm
     return results;
   }
@@ -157,8 +151,23 @@ class LinearBackward final : public autograd::Node {
   std::string name() const override { return "LinearBackward0"; }
 
  private:
+  static Tensor matrix(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+  Tensor for_input(const Tensor& gradient, bool watched) {
+    if (!task_should_compute_output({0})) return {};
+    const Tensor weight = weight_.unpack();
+    if (!watched && together(gradient, weight)) return multiply<Mm>({gradient}, {weight}, input_sizes_);
+    return matrix(gradient).mm(weight).reshape(input_sizes_);
+  }
+  Tensor for_weight(const Tensor& gradient, bool watched) {
+    if (!task_should_compute_output({1})) return {};
+    const Tensor input = input_.unpack();
+    if (watched || !together(gradient, input)) return matrix(gradient).t().mm(matrix(input));
+    return multiply<Mm>({gradient, true}, {input}, {gradient.size(-1), input.size(-1)});
+  }
+
   autograd::SavedVariable input_, weight_;
   std::vector<int64_t> input_sizes_;
+  bool of_addmm_ = false;
 };
 
 Tensor linear(const Tensor& input, const Tensor& weight, OptionalTensor bias) {
@@ -174,7 +183,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, OptionalTensor bias) {
     const std::shared_ptr<LinearBackward> node(new LinearBackward, autograd::deleteNode);
 #endif
     node->set_next_edges(autograd::collect_next_edges(input, weight, bias));
-    node->save(input, weight);
+    node->save(input, weight, bias && bias->defined());
     node->add_input_metadata(result);
     autograd::impl::set_gradient_edge(result, {node, 0});
   }

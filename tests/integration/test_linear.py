@@ -108,8 +108,10 @@ def test_the_weight_of_one_row_is_its_own_bias(device):
 
 def test_gradients_that_are_not_contiguous(device):
     x, w = make((2, 3, 8), device, torch.float32, 0), make((4, 8), device, torch.float32, 1)
-    mine, torchs = (torch.autograd.grad(f(x, w).sum(), (x, w)) for f in (F.linear, composed))
-    assert all(a.equal(b) for a, b in zip(mine, torchs, strict=True))
+    g = make((4, 3, 2), device, torch.float32, 2, False).permute(2, 1, 0)
+    for gradient in (g, torch.ones(1, device=device).expand(2, 3, 4)):
+        mine, torchs = (torch.autograd.grad(f(x, w), (x, w), gradient) for f in (F.linear, composed))
+        assert all(a.equal(b) for a, b in zip(mine, torchs, strict=True))
 
 
 def test_differentiated_twice(device):
