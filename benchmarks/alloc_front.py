@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the small-block front before the CUDA allocator gains: one allocate and free, and the operators of dispatch.py.
+"""What the front before the CUDA allocator gains: one allocate and free, and the operators of dispatch.py.
 
     python benchmarks/alloc_front.py --json benchmarks/results/alloc_front.json
     python benchmarks/alloc_front.py --rounds 0                            # without the operators
@@ -140,7 +140,7 @@ def main(argv=None) -> int:
     for size, row in sizes.items():
         row["without"] = without[size]["native"]
         print(f"{size:>10}{row['front']:10.1f}{row['native']:10.1f}{row['without']:10.1f}")
-    data = {"what": "the small-block front; see benchmarks/alloc_front.py", "versions": where, "allocate": sizes}
+    data = {"what": "the CUDA allocator's front; see benchmarks/alloc_front.py", "versions": where, "allocate": sizes}
 
     data["operators"] = operators(options.rounds, options.op_repeat, options.ops, options.limit)
     data["summary"] = {}

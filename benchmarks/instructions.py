@@ -92,9 +92,9 @@ def inside_model(library: str, device: str, size: str) -> None:
     counted = torch.ops.flagos_bench.counted
     work.start_decode(tokens=4)
     torch.ops.flagos_bench.start_counting()
-    work.decode(4)
+    work.eager.round(4)
     counted("")  # the first time that it counts differs
-    work.decode(4)
+    work.eager.round(4)
     counted(f"{device}/prompt and 4 tokens")
     work.start_train()
     counted("")

@@ -194,11 +194,12 @@ def instructions(data) -> list[str]:
 
 def training_steps(data) -> list[str]:
     parts = ("forward", "backward", "optimizer")
-    stock = data["rows"][0]
-    lines = [
-        (row["state"], *(row[part] for part in parts), round(sum(map(row.get, parts)) / sum(map(stock.get, parts)), 3))
-        for row in data["rows"]
-    ]
+    lines = []
+    for row in data["rows"]:
+        if row["state"].startswith("stock"):
+            stock = row  # of the rows that follow
+        ratio = round(sum(map(row.get, parts)) / sum(map(stock.get, parts)), 3)
+        lines.append((row["state"], *(row[part] for part in parts), ratio))
     return rows(("state", *parts, "sum, of stock"), lines)
 
 

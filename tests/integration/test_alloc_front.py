@@ -171,7 +171,7 @@ def test_statistics_are_those_without_the_front(settings):
     assert len(with_front) == len(without) > 8
     for k, (a, b) in enumerate(zip(with_front, without, strict=True)):
         for key in a:
-            statistic, pool, field = key.split(".")
+            statistic, pool, _ = key.split(".")
             slack = 0
             if pool != "small_pool" and statistic in ("allocated_bytes", "active_bytes"):
                 slack = 0.05 * b[key] + MIB

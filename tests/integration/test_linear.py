@@ -165,7 +165,7 @@ def test_saved_tensors_and_hooks(device):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         F.linear(x, w.detach()).sum().backward()
-    assert len(packed) == 1 and packed[0].data_ptr() == w.data_ptr(), "the input is needed for the weight's gradient only"
+    assert len(packed) == 1 and packed[0].data_ptr() == w.data_ptr(), "no gradient needs the input"
     result = F.linear(x, w)
     result.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
