@@ -216,7 +216,7 @@ class Checker:
         except NotCounted as reason:
             raise Mismatch(f"the CPU gives a gradient, the device: {reason}") from None
         names, names_cpu = ([type(t.grad_fn).__name__ for t in o] for o in (outputs, outputs_cpu))
-        # Autograd must see the same graph: a lost grad_fn or a decomposed operator shows here. linear.cc has its own node.
+        # Autograd must see the same graph: a lost grad_fn or a decomposed operator shows here. linear.cc has its own.
         one_step = [t.grad_fn is not None and t.grad_fn.name() == "LinearBackward0" for t in outputs]
         if names != names_cpu and "NativeDropoutBackward0" not in names and not all(one_step):
             raise Mismatch(f"grad_fn is {names}, the CPU's is {names_cpu}")
