@@ -16,11 +16,8 @@ const c10::DispatchKeySet kLazyBits({c10::DispatchKey::Conjugate, c10::DispatchK
 
 // A dense tensor over a twin. A class of its own so that device_opt_ and storage_ may be set, and so that the pool can
 // tell an alias that a kernel replaced.
-class AliasImpl final : public c10::TensorImpl {
+class AliasImpl final : public c10::TensorImpl, public FromFreeList<AliasImpl, sizeof(c10::TensorImpl)> {
  public:
-  using Memory = FreeList<AliasImpl, sizeof(c10::TensorImpl)>;
-  static void* operator new(size_t) { return Memory::take(); }
-  static void operator delete(void* piece) noexcept { Memory::give(piece); }
   AliasImpl() : TensorImpl(native.dense, caffe2::TypeMeta::Make<float>(), native.device(0)) {
     version_counter_ = c10::VariableVersion(0);  // in inference mode there would be none
   }

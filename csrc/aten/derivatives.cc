@@ -6,15 +6,13 @@
 // pass that is to be differentiated again takes torch's formula as it is.
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/generated/Functions.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <mutex>
 
 #include "csrc/aten/call.h"
-#include "csrc/runtime/torch_version.h"
+#include "csrc/aten/nodes.h"
 
 namespace flagos {
 
@@ -34,15 +32,10 @@ class OnNative final : public Node {
     // Hooks on the node, as an in-place operator on a tensor that retains its gradient leaves them, stay where they
     // are.
     if (!torchs || !torchs->tensor_pre_hooks().empty() || !torchs->retains_grad_hooks().empty()) return;
-#if FLAGOS_INTRUSIVE_NODES
-    const auto ours = c10::make_intrusive<OnNative>();
-#else
-    const std::shared_ptr<OnNative> ours(new OnNative, autograd::deleteNode);
-#endif
+    const auto ours = make_node<OnNative>();
     ((ours.get()->*members = std::move(torchs->*members)), ...);
     ours->set_next_edges(std::move(torchs->next_edges()));
-    ours->add_input_metadata(result);
-    autograd::impl::set_gradient_edge(result, {ours, 0});
+    set_node(result, ours);
   }
 
   autograd::variable_list apply(autograd::variable_list&& gradients) override {

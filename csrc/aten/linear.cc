@@ -8,16 +8,13 @@
 #include <ATen/ATen.h>
 #include <ATen/ops/linear_native.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
-#include "csrc/aten/call.h"
-#include "csrc/aten/interop.h"
+#include "csrc/aten/nodes.h"
+#include "csrc/aten/relabel.h"
 #include "csrc/aten/route.h"
-#include "csrc/runtime/torch_version.h"
 
 namespace flagos {
 
@@ -25,7 +22,6 @@ namespace {
 
 namespace autograd = torch::autograd;
 using at::Tensor;
-using OptionalTensor = const std::optional<Tensor>&;
 using Mm = at::_ops::mm;
 using Addmm = at::_ops::addmm;
 
@@ -60,61 +56,59 @@ bool together(const Tensor& a, const Tensor& b) {
          a.device() == b.device() && !a.is_same(b);
 }
 
-bool plain_layer(const Tensor& input, const Tensor& weight, OptionalTensor bias) {
+bool plain_layer(const Tensor& input, const Tensor& weight, const Tensor* bias) {
   // A single column has the strides of a transposed matrix, too, for which torch's formula differs.
   if (weight.dim() != 2 || !together(input, weight) || input.size(-1) != weight.size(1) || weight.size(1) == 1 ||
       autograd::isFwGradDefined(input) || autograd::isFwGradDefined(weight)) {
     return false;
   }
-  if (!bias || !bias->defined()) return is_native<Mm>();
+  if (!bias) return is_native<Mm>();
   return is_native<Addmm>() && bias->dim() == 1 && bias->size(0) == weight.size(0) && together(weight, *bias) &&
          !autograd::isFwGradDefined(*bias);
 }
 
-// ---- one product
-// --------------------------------------------------------------------------------------------------------
+// ---- one product ---------------------------------------------------------------------------------------------------
 
-// A tensor as the matrix of its last dimension and all others, perhaps transposed.
-struct Matrix {
-  const Tensor& tensor;
-  bool transposed = false;
+// The aliases of a call are its own, so this may make one the matrix of its last dimension and all others in place.
+const Tensor& shape_matrix(const Tensor& alias, bool turn) {
+  auto* impl = alias.unsafeGetTensorImpl();
+  const auto columns = impl->sizes().back(), rows = impl->numel() / columns;
+  int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  if (turn) {
+    std::swap(sizes[0], sizes[1]);
+    std::swap(strides[0], strides[1]);
+  }
+  impl->set_sizes_and_strides(at::IntArrayRef(sizes), at::IntArrayRef(strides));
+  return alias;
+}
 
-  void shape(Tensor& alias) const {
-    auto* impl = alias.unsafeGetTensorImpl();
-    const auto columns = impl->sizes().back(), rows = impl->numel() / columns;
-    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1}, turned[] = {columns, rows},
-                  steps[] = {1, columns};
-    impl->set_sizes_and_strides(at::IntArrayRef(transposed ? turned : sizes), transposed ? steps : strides);
+// What Relabel calls on the aliases: torch's kernel, on matrices; a turned one is transposed.
+template <class Op, bool turn_a, bool turn_b>
+struct OnMatrices {
+  static Tensor call(const Tensor& a, const Tensor& b) {
+    return Op::redispatch(native.dense, shape_matrix(a, turn_a), shape_matrix(b, turn_b));
+  }
+  static Tensor call(const Tensor& bias, const Tensor& a, const Tensor& b, const at::Scalar& beta,
+                     const at::Scalar& alpha) {
+    return Op::redispatch(native.dense, bias, shape_matrix(a, turn_a), shape_matrix(b, turn_b), beta, alpha);
   }
 };
 
-// a @ b under the given sizes; bias + a @ b where there is one. The aliases of a call are its own, so they can be
-// reshaped in place.
-template <class Op>
-Tensor multiply(const Matrix& a, const Matrix& b, at::IntArrayRef sizes, const Tensor* bias = nullptr) {
-  remember_op(Route<Op>::slot.name);
-  const BelowAutograd below;
-  Call call;
-  call.add(a.tensor, /*write=*/false, /*list=*/false, /*borrow=*/true);
-  call.add(b.tensor, /*write=*/false, /*list=*/false, /*borrow=*/true);
-  if constexpr (std::is_same_v<Op, Addmm>) call.add(*bias, /*write=*/false, /*list=*/false, /*borrow=*/true);
-  call.enter(Op::name);
-  a.shape(call[0]);
-  b.shape(call[1]);
-  try {
-    Tensor product;
-    if constexpr (std::is_same_v<Op, Addmm>) {
-      product = Addmm::redispatch(native.dense, call[2], call[0], call[1], /*beta=*/1, /*alpha=*/1);
-    } else {
-      product = Mm::redispatch(native.dense, call[0], call[1]);
-    }
-    product = call.result(std::move(product));
-    product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-    return product;
-  } catch (c10::Error& error) {
-    tell(error, Op::name);
-    throw;
-  }
+// a @ b under the given sizes.
+template <bool turn_a, bool turn_b>
+Tensor multiply(const Tensor& a, const Tensor& b, at::IntArrayRef sizes) {
+  remember_op(Route<Mm>::slot.name);
+  Tensor product = Relabel<Mm, OnMatrices<Mm, turn_a, turn_b>>::call(a, b);
+  product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return product;
+}
+
+// bias + a @ b.t() likewise.
+Tensor multiply_add(const Tensor& bias, const Tensor& a, const Tensor& b, at::IntArrayRef sizes) {
+  remember_op(Route<Addmm>::slot.name);
+  Tensor product = Relabel<Addmm, OnMatrices<Addmm, false, true>>::call(bias, a, b, /*beta=*/1, /*alpha=*/1);
+  product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return product;
 }
 
 // ---- autograd ------------------------------------------------------------------------------------------------------
@@ -155,14 +149,14 @@ class LinearBackward final : public autograd::Node {
   Tensor for_input(const Tensor& gradient, bool watched) {
     if (!task_should_compute_output({0})) return {};
     const Tensor weight = weight_.unpack();
-    if (!watched && together(gradient, weight)) return multiply<Mm>({gradient}, {weight}, input_sizes_);
+    if (!watched && together(gradient, weight)) return multiply<false, false>(gradient, weight, input_sizes_);
     return matrix(gradient).mm(weight).reshape(input_sizes_);
   }
   Tensor for_weight(const Tensor& gradient, bool watched) {
     if (!task_should_compute_output({1})) return {};
     const Tensor input = input_.unpack();
     if (watched || !together(gradient, input)) return matrix(gradient).t().mm(matrix(input));
-    return multiply<Mm>({gradient, true}, {input}, {gradient.size(-1), input.size(-1)});
+    return multiply<true, false>(gradient, input, {gradient.size(-1), input.size(-1)});
   }
 
   autograd::SavedVariable input_, weight_;
@@ -170,22 +164,17 @@ class LinearBackward final : public autograd::Node {
   bool of_addmm_ = false;
 };
 
-Tensor linear(const Tensor& input, const Tensor& weight, OptionalTensor bias) {
-  if (!plain_layer(input, weight, bias)) return at::native::linear(input, weight, bias);
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& optional_bias) {
+  const Tensor* bias = optional_bias && optional_bias->defined() ? &*optional_bias : nullptr;
+  if (!plain_layer(input, weight, bias)) return at::native::linear(input, weight, optional_bias);
   at::DimVector sizes(input.sizes());
   sizes.back() = weight.size(0);
-  Tensor result = bias && bias->defined() ? multiply<Addmm>({input}, {weight, true}, sizes, &*bias)
-                                          : multiply<Mm>({input}, {weight, true}, sizes);
-  if (autograd::compute_requires_grad(input, weight, bias)) {
-#if FLAGOS_INTRUSIVE_NODES
-    const auto node = c10::make_intrusive<LinearBackward>();
-#else
-    const std::shared_ptr<LinearBackward> node(new LinearBackward, autograd::deleteNode);
-#endif
-    node->set_next_edges(autograd::collect_next_edges(input, weight, bias));
-    node->save(input, weight, bias && bias->defined());
-    node->add_input_metadata(result);
-    autograd::impl::set_gradient_edge(result, {node, 0});
+  Tensor result = bias ? multiply_add(*bias, input, weight, sizes) : multiply<false, true>(input, weight, sizes);
+  if (autograd::compute_requires_grad(input, weight, optional_bias)) {
+    const auto node = make_node<LinearBackward>();
+    node->set_next_edges(autograd::collect_next_edges(input, weight, optional_bias));
+    node->save(input, weight, bias != nullptr);
+    set_node(result, node);
   }
   return result;
 }

@@ -38,11 +38,8 @@ void set_native(const Platform& platform) {
 namespace {
 
 // A StorageImpl whose memory does not come from malloc, which is slow for what one thread takes and another frees.
-struct PooledStorage final : c10::StorageImpl {
+struct PooledStorage final : c10::StorageImpl, FromFreeList<PooledStorage, sizeof(c10::StorageImpl)> {
   using StorageImpl::StorageImpl;
-  using Memory = FreeList<PooledStorage, sizeof(c10::StorageImpl)>;
-  static void* operator new(size_t) { return Memory::take(); }
-  static void operator delete(void* piece) noexcept { Memory::give(piece); }
 };
 static_assert(sizeof(PooledStorage) == sizeof(c10::StorageImpl));
 

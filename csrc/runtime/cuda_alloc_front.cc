@@ -51,7 +51,7 @@ auto& part_of(Amount&& amount, Part part) {
   return part == kCount ? amount.count : part == kBytes ? amount.bytes : amount.requested;
 }
 
-uint32_t class_of(size_t nbytes) { return (nbytes + AllocFront::kStep - 1) / AllocFront::kStep; }
+size_t class_of(size_t nbytes) { return (nbytes + AllocFront::kStep - 1) / AllocFront::kStep; }
 
 }  // namespace
 
@@ -146,7 +146,8 @@ c10::DataPtr AllocFront::allocate(size_t nbytes, c10::DeviceIndex device, c10::S
     flush();
     return allocate_native(nbytes);
   }
-  const uint32_t size_class = class_of(nbytes);
+  const auto size_class = static_cast<uint32_t>(class_of(nbytes));
+  const bool large = pool_of(size_class) == kLargePool;
   {
     const Guard guard(lock_);
     Device& d = devices_[device];
@@ -160,9 +161,9 @@ c10::DataPtr AllocFront::allocate(size_t nbytes, c10::DeviceIndex device, c10::S
       }
     }
     if (!d.used) start(device);
+    if (large) flush_locked(device, kLargePool);
   }
-  const bool large = pool_of(size_class) == kLargePool;
-  const Amount before = large ? prepare_large(device) : Amount();
+  const Amount before = large ? ever_allocated(device) : Amount();
   c10::DataPtr data = allocate_native(nbytes);
   const Amount after = large ? ever_allocated(device) : Amount{1, static_cast<int64_t>(size_class * kStep), 0};
   // A setting may make the native allocator round in another way, or not cache at all.
@@ -171,8 +172,16 @@ c10::DataPtr AllocFront::allocate(size_t nbytes, c10::DeviceIndex device, c10::S
     return data;
   }
   if (C10_UNLIKELY(after.count - before.count != 1)) return data;  // another thread's block is among them
-  auto block = std::make_unique<Block>(Block{data.get(), nullptr, stream, nbytes, nbytes, after.bytes - before.bytes,
-                                             size_class, data.device().index(), false});
+  auto block = std::make_unique<Block>(Block{{},
+                                             data.get(),
+                                             nullptr,
+                                             stream,
+                                             nbytes,
+                                             nbytes,
+                                             after.bytes - before.bytes,
+                                             size_class,
+                                             data.device().index(),
+                                             false});
   const Guard guard(lock_);
   if (Block* lost = blocks_.insert(block.get())) {  // released by the native deleter, without the front's knowledge
     forget(lost);
@@ -210,7 +219,7 @@ void AllocFront::note(c10::DeviceIndex device, size_t nbytes) {
       nbytes >= AcceleratorAllocatorConfig::max_split_size()) {
     return measure(device);
   }
-  const Pool pool = nbytes <= kSmall ? kSmallPool : kLargePool;
+  const Pool pool = pool_of(class_of(nbytes));
   const size_t bytes = class_of(nbytes) * kStep + (pool == kSmallPool ? 0 : 2 * kSmall);
   spend(device, pool, {1, static_cast<int64_t>(bytes), static_cast<int64_t>(nbytes)});
 }
@@ -282,32 +291,30 @@ void AllocFront::record_stream(void* ptr, c10::StreamId stream) {
   if (block != nullptr && block->stream != stream) block->recorded = true;
 }
 
-size_t AllocFront::flush_lists(Device& device, Lists& lists, bool large_only) {
+size_t AllocFront::flush_lists(Device& device, Lists& lists, Pool pool) {
   // A memory profiler has seen these blocks freed when they came to wait, or was not there to see them allocated.
   const auto watched = c10::ThreadLocalDebugInfo::current();
   c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(nullptr);
   size_t flushed = 0;
-  lists.drain(
-      [&](Block* block) {
-        block->requested = block->native_requested;
-        device.returned.in(block->pool()).subtract(block->amount());
-        blocks_.erase(block->ptr);
-        native_.free(block->ptr);
-        delete block;
-        flushed++;
-      },
-      large_only);
+  lists.drain(pool, [&](Block* block) {
+    block->requested = block->native_requested;
+    device.returned.in(block->pool()).subtract(block->amount());
+    blocks_.erase(block->ptr);
+    native_.free(block->ptr);
+    delete block;
+    flushed++;
+  });
   c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(watched);
   return flushed;
 }
 
-size_t AllocFront::flush_locked(c10::DeviceIndex index) {
+size_t AllocFront::flush_locked(c10::DeviceIndex index, Pool pool) {
   size_t flushed = 0;
   for (size_t i = 0; i < devices_.size(); i++) {
     if (index >= 0 && static_cast<size_t>(index) != i) continue;
     Device& device = devices_[i];
-    if (device.waiting() == 0) continue;
-    for (auto& lists : device.lists) flushed += flush_lists(device, *lists);
+    if (device.waiting(pool) == 0) continue;
+    for (auto& lists : device.lists) flushed += flush_lists(device, *lists, pool);
   }
   return flushed;
 }
@@ -331,18 +338,6 @@ void AllocFront::spend(c10::DeviceIndex index, Pool pool, const Amount& amount) 
   room[kAll].subtract(amount);
   room[pool].subtract(amount);
   if (C10_UNLIKELY(room[kAll].negative() || room[pool].negative())) measure(index);
-}
-
-// Before a native large block is asked for; returns what was ever allocated before it.
-AllocFront::Amount AllocFront::prepare_large(c10::DeviceIndex index) {
-  {
-    const Guard guard(lock_);
-    Device& device = devices_[index];
-    if (device.waiting(kLargePool) != 0) {
-      for (auto& lists : device.lists) flush_lists(device, *lists, /*large_only=*/true);
-    }
-  }
-  return ever_allocated(index);
 }
 
 // Of the native large pool: how many blocks it has handed out so far, and their bytes.

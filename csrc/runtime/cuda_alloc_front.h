@@ -105,12 +105,9 @@ class AllocFront {
   };
   enum Pool { kAll, kSmallPool, kLargePool };  // as in c10's StatType
   static constexpr size_t kPools = 3;
-  static Pool pool_of(uint32_t size_class) { return size_class * kStep <= kSmall ? kSmallPool : kLargePool; }
+  static Pool pool_of(size_t size_class) { return size_class * kStep <= kSmall ? kSmallPool : kLargePool; }
   // Blocks and devices: what is used together lies in as few lines of the processor's cache as it can.
-  struct alignas(64) Block {
-    using Memory = FreeList<Block, 64>;
-    static void* operator new(size_t) { return Memory::take(); }
-    static void operator delete(void* piece) noexcept { Memory::give(piece); }
+  struct alignas(64) Block : FromFreeList<Block, 64> {
     void* ptr;
     Block* next;
     c10::StreamId stream;
@@ -140,8 +137,9 @@ class AllocFront {
       head = block;
     }
     template <class Visit>
-    void drain(Visit visit, bool large_only) {
-      for (size_t i = large_only ? kClasses : 0; i < head_.size(); i++) {
+    void drain(Pool pool, Visit visit) {
+      const size_t end = pool == kSmallPool ? kClasses : head_.size();
+      for (size_t i = pool == kLargePool ? kClasses : 0; i < end; i++) {
         while (head_[i] != nullptr) visit(std::exchange(head_[i], head_[i]->next));
       }
     }
@@ -206,9 +204,8 @@ class AllocFront {
   void spend(c10::DeviceIndex index, Pool pool, const Amount& amount);
   Amount ever_allocated(c10::DeviceIndex index);
   void measure(c10::DeviceIndex index);
-  size_t flush_lists(Device& device, Lists& lists, bool large_only = false);
-  size_t flush_locked(c10::DeviceIndex device);
-  Amount prepare_large(c10::DeviceIndex device);
+  size_t flush_lists(Device& device, Lists& lists, Pool pool = kAll);
+  size_t flush_locked(c10::DeviceIndex device, Pool pool = kAll);
 
   Native& native_;
   SpinLock lock_;

@@ -110,4 +110,11 @@ class FreeList {
 template <class Tag, size_t kSize>
 __thread typename FreeList<Tag, kSize>::Thread FreeList<Tag, kSize>::state = {nullptr, false};
 
+// A base of T that takes its objects, of kSize bytes, from a list of their own.
+template <class T, size_t kSize>
+struct FromFreeList {
+  static void* operator new(size_t) { return FreeList<T, kSize>::take(); }
+  static void operator delete(void* piece) noexcept { FreeList<T, kSize>::give(piece); }
+};
+
 }  // namespace flagos
