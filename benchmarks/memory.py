@@ -5,7 +5,8 @@
     python benchmarks/memory.py --pair flagos,flagos --limit 60 --steps 8  # tries it on a machine without one
 
 `train`: a transformer encoder on sequences of changing length, AdamW: peaks of what was allocated and reserved.
-`churn`: tensors of random sizes that live for random times: how much more is reserved than in use (fragmentation).
+`churn`: tensors of random sizes that live for random times: how much more is reserved than in use (fragmentation). One
+sequence of sizes says little, since a segment more or less is chance: the mean over several.
 `allocate`: host time of one torch.empty and its release, per size. Each device has a process of its own; for the times
 they take turns, so that a pair sees the same machine.
 """
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 
+CHURNS = 8
 SIZES = [1 << exponent for exponent in (6, 12, 18, 22, 26)]
 
 
@@ -53,9 +55,13 @@ class Work:
         return {**found, "retries": stats.get("num_alloc_retries", 0), "oom": stats.get("num_ooms", 0)}
 
     def churn(self, steps):
+        found = [self.one_churn(steps, seed) for seed in range(CHURNS)]
+        return {name: statistics.mean(one[name] for one in found) for name in found[0]}
+
+    def one_churn(self, steps, seed):
         """Reserved against allocated while sizes from 1 KiB to 64 MiB come and go; the same ones on every device."""
         common.forget(self.device)
-        sizes = random.Random(1)
+        sizes = random.Random(seed)
         before = self.module.memory_allocated()
         live: list = []
         overhead = []

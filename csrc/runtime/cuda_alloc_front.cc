@@ -141,7 +141,13 @@ AllocFront::Lists& AllocFront::make_lists(Device& device, c10::StreamId stream) 
 }
 
 c10::DataPtr AllocFront::allocate(size_t nbytes, c10::DeviceIndex device, c10::StreamId stream) {
-  if (nbytes - 1 >= kLargest) return allocate_native(nbytes);  // zero, too
+  if (nbytes - 1 >= kLargest) {  // zero, too
+    if (nbytes != 0 && !stepped_aside()) {
+      const Guard guard(lock_);
+      make_way(device);
+    }
+    return allocate_native(nbytes);
+  }
   if (C10_UNLIKELY(stepped_aside())) {
     flush();
     return allocate_native(nbytes);
@@ -253,6 +259,7 @@ bool AllocFront::end(void* ptr) {
   if (block == nullptr) return false;
   Device& device = devices_[block->device];
   if (!block->recorded && !stepped_aside() && device.waiting() < kMostBlocks) {
+    if (block->pool() == kLargePool) make_way(block->device);
     Lists* lists = lists_of(device, block->stream);
     if (C10_UNLIKELY(lists == nullptr)) lists = &make_lists(device, block->stream);
     lists->put(block);
@@ -317,6 +324,10 @@ size_t AllocFront::flush_locked(c10::DeviceIndex index, Pool pool) {
     for (auto& lists : device.lists) flushed += flush_lists(device, *lists, pool);
   }
   return flushed;
+}
+
+void AllocFront::make_way(c10::DeviceIndex device) {
+  if (devices_[device].waiting(kLargePool) >= kMostLarge) flush_locked(device, kLargePool);
 }
 
 size_t AllocFront::flush(c10::DeviceIndex device) {

@@ -10,9 +10,10 @@
 //    before a peak could be passed; only then is the native allocator asked for its state. A block of the native small
 //    pool has exactly its class's bytes, so that there every figure is that of a process without the front. One of the
 //    large pool may be up to 1 MiB longer, depending on where the native allocator found it.
-//  * Where the front has no large block of a class, the other large ones that wait go back to the native allocator,
-//    which would otherwise cut up longer free blocks and later need new memory for long requests. (Without this rule,
-//    or with longer blocks, training with texts of changing length reserved a tenth more memory.)
+//  * Large blocks that wait go back to the native allocator where the front has none of a class that is asked for, and
+//    where many wait and another comes, or a longer one is asked for. It would otherwise cut up longer free blocks and
+//    later need new memory for long requests. (Without these rules, or with longer blocks, training with texts of
+//    changing length reserved up to a tenth more memory.)
 //  * A DataPtr of the front has the address itself as its context, as the native ones do.
 //  * The front's lock comes before the native allocator's. The front never allocates natively under its lock. When the
 //    native allocator, short of memory and with its own lock taken, calls the front (try_flush), or something else
@@ -22,6 +23,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -41,6 +43,7 @@ class AllocFront {
   static constexpr size_t kSmall = size_t{1} << 20;  // the native allocator's small pool ends here
   static constexpr size_t kLargest = size_t{2} << 20;
   static constexpr int64_t kMostBlocks = int64_t{1} << 16;  // waiting, per device: whoever flushes waits for them
+  static constexpr int64_t kMostLarge = 8;                  // of them of the large pool
   static constexpr size_t kMostStreams = 16;                // per device; the one not used for longest makes way
 
   // The allocator behind the front.
@@ -119,7 +122,7 @@ class AllocFront {
     Pool pool() const { return pool_of(size_class); }
     Amount amount() const { return {1, bytes, static_cast<int64_t>(requested)}; }
   };
-  // The classes of the small pool have a list each, those of the large pool share some.
+  // The classes of the small pool have a list each, those of the large pool, of which few wait, share the last.
   class Lists {
    public:
     c10::StreamId stream;
@@ -145,11 +148,9 @@ class AllocFront {
     }
 
    private:
-    static constexpr size_t kClasses = kSmall / kStep + 1, kShared = 64;
-    Block*& of(uint32_t size_class) {
-      return head_[size_class < kClasses ? size_class : kClasses + ((size_class * 0x9E3779B1u) >> 26)];
-    }
-    std::array<Block*, kClasses + kShared> head_{};
+    static constexpr size_t kClasses = kSmall / kStep + 1;
+    Block*& of(uint32_t size_class) { return head_[std::min<size_t>(size_class, kClasses)]; }
+    std::array<Block*, kClasses + 1> head_{};
   };
   // A sum for each of the native pools, and both together.
   struct Sums {
@@ -206,6 +207,7 @@ class AllocFront {
   void measure(c10::DeviceIndex index);
   size_t flush_lists(Device& device, Lists& lists, Pool pool = kAll);
   size_t flush_locked(c10::DeviceIndex device, Pool pool = kAll);
+  void make_way(c10::DeviceIndex device);
 
   Native& native_;
   SpinLock lock_;

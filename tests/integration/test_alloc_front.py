@@ -42,7 +42,7 @@ def run(program, *args, **env):
 def test_checks(program):
     done = run(program)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 18
+    assert done.stdout.count("ok ") == 19
 
 
 def test_other_rounding(program):

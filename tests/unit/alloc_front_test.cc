@@ -78,9 +78,9 @@ void reuse_in_a_class() {
   EXPECT(f.native.living() == 3);  // too large: not kept
 }
 
-void large_classes_share_lists() {
+void large_classes_share_a_list() {
   Fixture f;
-  std::vector<void*> address(2000);
+  std::vector<void*> address(AllocFront::kMostLarge);
   std::vector<DataPtr> held;
   const auto size = [](size_t i) { return kMiB + 512 * i + 1; };
   for (size_t i = 0; i < address.size(); i++) address[i] = held.emplace_back(f.get(size(i))).get();
@@ -89,6 +89,23 @@ void large_classes_share_lists() {
   size_t same = 0;
   for (size_t i = 0; i < address.size(); i++) same += held.emplace_back(f.get(size(i) + 300)).get() == address[i];
   EXPECT(same == address.size() && f.native.calls == calls);
+}
+
+void large_blocks_make_way() {
+  Fixture f;
+  f.get(512).clear();
+  const auto hold = [&f](int64_t count) {
+    std::vector<DataPtr> held;
+    for (int64_t i = 0; i < count; i++) held.push_back(f.get(2 * kMiB));
+  };
+  hold(AllocFront::kMostLarge + 1);
+  EXPECT(f.native.living() == 2);  // the last one, and the small one
+  hold(AllocFront::kMostLarge - 1);
+  f.get(3 * kMiB).clear();
+  EXPECT(f.native.living() == AllocFront::kMostLarge);
+  hold(AllocFront::kMostLarge);
+  f.get(3 * kMiB).clear();
+  EXPECT(f.native.living() == 1);
 }
 
 void a_new_large_class_gives_the_others_back() {
@@ -433,7 +450,8 @@ int main(int argc, char** argv) {
   if (mode == "bench") return bench(), 0;
   const std::pair<const char*, void (*)()> checks[] = {
       {"reuse in a class", reuse_in_a_class},
-      {"large classes share lists", large_classes_share_lists},
+      {"large classes share a list", large_classes_share_a_list},
+      {"large blocks make way", large_blocks_make_way},
       {"a new large class gives the others back", a_new_large_class_gives_the_others_back},
       {"a large block of unknown size", a_large_block_of_unknown_size},
       {"streams and devices are apart", streams_and_devices_are_apart},
