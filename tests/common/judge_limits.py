@@ -9,12 +9,13 @@ promised: nor are dtypes, strides, sizes of zero or tensors without dimensions.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.common import judge_cases
 
 FLAGS = ("contiguous", "unexpanded", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
 TRIED = ("contiguous", "unexpanded", "nonempty", "nonscalar")  # not given up before a case without them has passed
+FAULT = "illegal memory access"  # in the message of a case that read or wrote where nothing is
 STRIDES = "strides are"  # in the message of a case whose result has other strides
 VALUES = ("special", "infinite", "negative")  # last words of the labels of cases with other values
 LAYOUTS = (*judge_cases.LAYOUTS, "broadcast", "mixed", "scalar")  # likewise of cases with other sizes, strides, dtypes
@@ -101,7 +102,12 @@ def _dtypes(passed, failed):
 def verdict(outcomes: list[Outcome], note: str = "") -> dict:
     """The entry of verdicts_*.json. `note`: what kept the judge from trying more."""
     passed = [o for o in outcomes if o.state == "passed"]
-    failed = [o for o in outcomes if o.state == "failed"]
+    # Whether a kernel that goes beyond an empty tensor meets memory there is chance: it is wrong for every dtype.
+    failed = [
+        replace(o, dtypes=[]) if FAULT in o.message and "nonempty" not in o.flags else o
+        for o in outcomes
+        if o.state == "failed"
+    ]
     limited = [o for o in outcomes if o.state == "limitation"]
     counts = {"cases": len(passed) + len(failed), "passed": len(passed)}
     if not passed and not failed:

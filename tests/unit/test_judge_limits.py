@@ -241,3 +241,10 @@ def test_a_dtype_is_not_to_blame_for_values_that_no_other_one_had():
     assert verdict(cases)["verdict"] == "wrong"
     other = verdict([*cases, case(dtypes=["float16"], label="x float16 0 negative")])
     assert other["verdict"] == "right" and other["limits"] == {"dtypes": ["float16"]}
+
+
+def test_reading_beyond_an_empty_tensor_is_no_dtype_s_fault():
+    crash = case("failed", dtypes=["int8"], without=["nonempty"], message="CUDA error: an illegal memory access was")
+    lucky = [case(dtypes=["float32"], without=["nonempty"])] * 5
+    entry = verdict([*dense("float32"), *loose("float32"), *lucky, crash])
+    assert entry["limits"] == {"dtypes": ["float32"], "nonempty": True}
