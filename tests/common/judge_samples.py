@@ -58,6 +58,12 @@ def _grouped(make):
     yield _plain(make(48, 32), make(3, 32, 64), ends)
 
 
+def _products(make):
+    """Sizes at which kernels may describe memory to the hardware, which then wants strides and starts of 16 bytes."""
+    yield _plain(make(16, 32), make(32, 16))
+    yield _plain(make(32, 5).t(), make(32, 16))
+
+
 def _index_put(make):
     rows, columns = torch.tensor([0, 2, 1]), torch.tensor([1, 1, 3])
     for accumulate in (False, True):
@@ -210,6 +216,7 @@ CALLS = {
     "_weight_norm_interface": _weight_norm,
     "_weight_norm_interface_backward": _weight_norm_backward,
     "lift_fresh_copy": (_copies, None),
+    "mm": _products,
     "native_dropout": _dropout,
     "rand_like": _random,
     "randperm": (_permutations, (torch.int64, torch.int32, torch.int16, torch.float32)),
