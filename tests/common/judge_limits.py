@@ -92,7 +92,7 @@ def _dtypes(passed, failed):
             return (loss / sum(d in o.dtypes for o in left), d)
 
         candidates = {d for o in left for d in o.dtypes}
-        if not candidates:  # a case without tensors
+        if not candidates:  # a case without tensors, or one that is no dtype's fault
             return None
         allowed.discard(min(candidates, key=price))
         if not allowed:
