@@ -230,7 +230,7 @@ class Run:
         outcome = judge_limits.Outcome(label, "failed", message=f"{crash.how}: {tail}"[:300], call=call, **facts)
         if kernel:
             self.crashed.setdefault(task["op"], []).append(dataclasses.asdict(outcome))
-        if label == "start" or len(task["skip"]) >= 5 or time.monotonic() > self.end:
+        if label == "start" or len(task["skip"]) >= 10 or time.monotonic() > self.end:
             note = f"its process ended {len(task['skip']) + 1} times, the last one: {outcome.message}"
             self.done(task, {"op": task["op"], "outcomes": [], "note": note})
             return None

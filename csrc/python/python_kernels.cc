@@ -33,7 +33,7 @@ constexpr const char* kName = "flagos_python";
 struct Limits {
   uint64_t dtypes = ~uint64_t{0};  // one bit per at::ScalarType
   int64_t max_numel = std::numeric_limits<int64_t>::max();
-  bool contiguous = false, unexpanded = false, nonempty = false, nonscalar = false;
+  bool contiguous = false, unexpanded = false, aligned = false, nonempty = false, nonscalar = false;
   bool same_shape = false, same_dtype = false, several = false;
   uint64_t defaults = 0;  // one bit per argument that must have its default
   bool any = false;
@@ -135,6 +135,11 @@ bool is_expanded(const at::Tensor& t) {
   return false;
 }
 
+// Whether the elements start where the hardware's descriptors of memory may.
+bool is_aligned(const at::Tensor& t) {
+  return t.layout() != at::kStrided || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   if (C10_LIKELY(!limits.any)) return true;
   bool good = true;
@@ -154,6 +159,7 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
       good &= (limits.dtypes >> static_cast<unsigned>(t.scalar_type()) & 1) != 0 && numel <= limits.max_numel;
       if (limits.contiguous) good &= t.is_contiguous();
       if (limits.unexpanded) good &= !is_expanded(t);
+      if (limits.aligned) good &= is_aligned(t);
       if (limits.nonempty) good &= numel > 0;
       if (limits.nonscalar) good &= t.dim() > 0;
       if (!first.defined()) {
@@ -397,6 +403,7 @@ Limits limits_of(const std::string& op, const py::dict& data) {
     } else {
       bool* flag = name == "contiguous"   ? &limits.contiguous
                    : name == "unexpanded" ? &limits.unexpanded
+                   : name == "aligned"    ? &limits.aligned
                    : name == "nonempty"   ? &limits.nonempty
                    : name == "nonscalar"  ? &limits.nonscalar
                    : name == "same_shape" ? &limits.same_shape
@@ -405,8 +412,8 @@ Limits limits_of(const std::string& op, const py::dict& data) {
                                           : nullptr;
       TORCH_CHECK_VALUE(
           flag, "unknown limit '", name,
-          "' (limits: dtypes, max_numel, contiguous, unexpanded, nonempty, nonscalar, same_shape, same_dtype, several, "
-          "defaults)");
+          "' (limits: dtypes, max_numel, contiguous, unexpanded, aligned, nonempty, nonscalar, same_shape, same_dtype, "
+          "several, defaults)");
       *flag = py::cast<bool>(value);
     }
     limits.any = true;

@@ -338,12 +338,10 @@ def _variants(case: Case, names):
 
 
 def _signature(nest):
-    return repr(
-        tree_map(
-            lambda x: (x.dtype, tuple(x.shape), tuple(x.stride())) if isinstance(x, torch.Tensor) else x,
-            nest,
-        )
-    )
+    def described(x):
+        return (x.dtype, *x.shape, x.stride(), x.storage_offset()) if isinstance(x, torch.Tensor) else x
+
+    return repr(tree_map(described, nest))
 
 
 def cases(op: str, index: dict, dtypes=DTYPES, most: int = 100) -> list[Case]:

@@ -1,9 +1,10 @@
 """From the cases of a kernel to its verdict: right, right within limits, wrong, or not judged.
 
 A pure function of the outcomes. The limits are those that torch_fl/flaggems checks at each call: dtypes, contiguous,
-unexpanded, nonempty, nonscalar, same_shape, same_dtype, several, defaults, max_numel. Of all sets of limits under which
-no case fails, the one that keeps most passing cases is taken, and of those the smallest. What no case has tried is not
-promised: nor are dtypes, strides, sizes of zero or tensors without dimensions.
+unexpanded, aligned, nonempty, nonscalar, same_shape, same_dtype, several, defaults, max_numel. Of all sets of limits
+under which no case fails, the one that keeps most passing cases is taken, and of those the smallest. What no case has
+tried is not promised: nor are dtypes, strides, sizes of zero or tensors without dimensions. `aligned` is a limit only
+where the kernel's own message asks for it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 from tests.common import judge_cases
 
-FLAGS = ("contiguous", "unexpanded", "nonempty", "nonscalar", "same_shape", "same_dtype", "several")
 TRIED = ("contiguous", "unexpanded", "nonempty", "nonscalar")  # not given up before a case without them has passed
+FLAGS = (*TRIED, "aligned", "same_shape", "same_dtype", "several")
+ALIGNED = "aligned"  # in the message of a case that began where it may not: tensors with strides often do, too
 FAULT = "illegal memory access"  # in the message of a case that read or wrote where nothing is
 STRIDES = "strides are"  # in the message of a case whose result has other strides
 VALUES = ("special", "infinite", "negative")  # last words of the labels of cases with other values
@@ -59,6 +61,8 @@ def features(tensors, dtypes=()) -> dict:
         flags.append("nonempty")
     if all(t.dim() for t in tensors):
         flags.append("nonscalar")
+    if all(t.data_ptr() % 16 == 0 for t in tensors):
+        flags.append("aligned")
     if len({t.shape for t in tensors}) <= 1:
         flags.append("same_shape")
     if len({t.dtype for t in tensors}) <= 1:
@@ -124,9 +128,14 @@ def verdict(outcomes: list[Outcome], note: str = "") -> dict:
     sizes = sorted({o.numel for o in failed})
     # An argument that must have its default is named "=argument" among the flags.
     changed = sorted({name for o in failed for name in o.changed})
-    named = [(), *((f"={name}",) for name in changed), *([tuple(f"={name}" for name in changed)] * (len(changed) > 1))]
-    for count in range(len(FLAGS) + 1):
-        for flags, defaults in itertools.product(itertools.combinations(FLAGS, count), named):
+    marks = [f"={name}" for name in changed]
+    named = [combination for count in range(3) for combination in itertools.combinations(marks, count)]
+    if len(marks) > 2:
+        named.append(tuple(marks))
+    asked = any(ALIGNED in o.message and "aligned" not in o.flags for o in failed)
+    choice = [flag for flag in FLAGS if flag != "aligned" or asked]
+    for count in range(len(choice) + 1):
+        for flags, defaults in itertools.product(itertools.combinations(choice, count), named):
             if not needed <= set(flags):
                 continue
             flags += defaults

@@ -58,10 +58,20 @@ def _grouped(make):
     yield _plain(make(48, 32), make(3, 32, 64), ends)
 
 
-def _products(make):
-    """Sizes at which kernels may describe memory to the hardware, which then wants strides and starts of 16 bytes."""
-    yield _plain(make(16, 32), make(32, 16))
-    yield _plain(make(32, 5).t(), make(32, 16))
+def _products(*batch, vector=False, added=False):
+    """Sizes of zero, and sizes at which kernels may describe memory to the hardware, which then wants strides and
+    starts of 16 bytes."""
+
+    def products(make):
+        def call(m, k, n, first):
+            tail = () if vector else (n,)
+            yield _plain(*([make(*batch, m, *tail)] if added else []), first, make(*batch, k, *tail))
+
+        yield from call(5, 32, 16, make(*batch, 32, 5).transpose(-1, -2))
+        for m, k, n in ((16, 32, 16), (2, 0, 3), (2, 4, 0), (0, 4, 3)):
+            yield from call(m, k, n, make(*batch, m, k))
+
+    return products
 
 
 def _index_put(make):
@@ -77,6 +87,7 @@ def _bicubic(make):
     for size, wanted, corners in (((1, 2, 8, 8), [4, 4], False), ((2, 1, 5, 7), [10, 3], True)):
         yield _plain(make(*size), wanted, corners)
     yield _plain(make(1, 3, 6, 6), [9, 9], False, 1.5, 1.5)
+    yield _plain(make(2, 3, 4, 4), [6, 6], False, 1.7, 1.7)  # which is not 6 / 4
 
 
 def _bicubic_backward(make):
@@ -183,6 +194,37 @@ def _steps(make):
         yield (numbers, {"device": torch.device("cpu")})
 
 
+def _truth(make):
+    for x in (make(4, 5) / 4, torch.tensor([0.0, -0.0, 0.3, -0.9, 1e-4], dtype=make.dtype)):
+        yield ((x,), {"dtype": torch.bool})
+
+
+def _windows_beyond(make):
+    yield _plain(make(1, 2, 1, 9), [1, 7], [1, 3], [0, 0], True)
+    yield _plain(make(2, 3, 9, 9), [3], [2], [1], True, False, 2)
+
+
+def _one_number(make):
+    yield _plain(make(2, 3, 9, 9), make(2, 3, 9, 9), [3, 3], [1, 1], [1], False, False, 2)
+    yield _plain(make(2, 3, 3, 3), make(2, 3, 9, 9), [3], [], [0], False, True, None)
+
+
+def _first_dimension(make):
+    for x in (make(5, 10, 5), make(7, 4)):
+        yield _plain(x, 0)
+
+
+def _whole_size(make):
+    """Indices as many as elements, where a kernel may leave the copy that it has made of the argument."""
+    for dim, size in ((0, (5, 4)), (1, (5, 4)), (1, (3, 4, 5))):
+        yield _plain(make(*size), dim, torch.arange(make(*size).numel()).reshape(size) % size[dim], make(*size))
+
+
+def _no_matrices(make):
+    yield _plain(make(0, 7, 5))
+    yield _plain(make(3, 0, 5))
+
+
 def _many(make):
     ones = torch.ones(1000, dtype=make.dtype)
     yield _plain(ones)
@@ -216,7 +258,19 @@ CALLS = {
     "_weight_norm_interface": _weight_norm,
     "_weight_norm_interface_backward": _weight_norm_backward,
     "lift_fresh_copy": (_copies, None),
-    "mm": _products,
+    "mm": _products(),
+    "addmm": _products(added=True),
+    "bmm": _products(3),
+    "baddbmm": _products(3, added=True),
+    "mv": _products(vector=True),
+    "addmv": _products(vector=True, added=True),
+    "_to_copy": _truth,
+    "avg_pool2d": _windows_beyond,
+    "avg_pool2d_backward": _one_number,
+    "scatter_add_": (_whole_size, (*FLOATS, torch.int64)),
+    "sort": _first_dimension,
+    **dict.fromkeys(("triu", "triu_", "tril", "tril_"), (_no_matrices, None)),
+    "upsample_bicubic2d": _bicubic,
     "native_dropout": _dropout,
     "rand_like": _random,
     "randperm": (_permutations, (torch.int64, torch.int32, torch.int16, torch.float32)),

@@ -69,7 +69,7 @@ def test_the_log_names_who_serves():
     code = """
     import torch, torch_fl
     x, y = torch.ones(2, 2, device="flagos"), torch.ones(9, device="flagos")
-    torch.sqrt(x), torch.sqrt(x.double()), torch.sqrt(x.t())
+    torch.sqrt(x), torch.sqrt(x.double()), torch.sqrt(x.t()), torch.sqrt(y[4:8]), torch.sqrt(y[1:])
     torch.nn.functional.silu(x), torch.nn.functional.silu(y)
     torch.abs(x)
     """
@@ -82,6 +82,8 @@ def test_the_log_names_who_serves():
     assert served == [
         ("sqrt", "flagos_python"),
         ("sqrt", chip),
+        ("sqrt", chip),
+        ("sqrt", "flagos_python"),
         ("sqrt", chip),
         *[("silu", "flagos_python"), ("silu", chip)] * 2,
         ("abs", chip),

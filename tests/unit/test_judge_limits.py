@@ -152,6 +152,21 @@ def test_a_size_is_a_limit_only_when_nothing_else_is():
     assert limits == {"dtypes": ["float32"], "max_numel": (1 << 20) - 1}
 
 
+def test_a_start_elsewhere_is_to_blame_only_where_the_kernel_says_so():
+    """Tensors with strides begin elsewhere, too, so that the limit would keep out failures of another kind."""
+    strided = case("failed", without=["contiguous", "aligned"])
+    passed = [*dense("float32"), *loose("float32")]
+    assert verdict([*passed, strided])["limits"] == {"dtypes": ["float32"], "contiguous": True}
+    said = case("failed", without=["aligned"], message="raises AssertionError: base must be 16-byte aligned")
+    assert verdict([*passed, said])["limits"] == {"dtypes": ["float32"], "aligned": True}
+
+
+def test_two_arguments_that_must_have_their_defaults():
+    passed = [*dense("float32"), *loose("float32"), *(case(changed=["a"], label=str(i)) for i in range(3))]
+    failed = [case("failed", changed=[name, "a"]) for name in ("b", "c")]
+    assert verdict([*passed, *failed])["limits"] == {"dtypes": ["float32"], "defaults": ["b", "c"]}
+
+
 def test_no_case_fails_within_the_limits():
     """Whatever the outcomes are."""
     generator = torch.Generator().manual_seed(3)
@@ -190,11 +205,12 @@ def test_unjudged_says_why():
 def test_features():
     x = torch.ones(3, 4)
     assert set(features([x])["flags"]) == set(FLAGS) - {"several"}
-    assert features([x, x.t()])["flags"] == ["unexpanded", "nonempty", "nonscalar", "same_dtype", "several"]
+    assert features([x, x.t()])["flags"] == ["unexpanded", "nonempty", "nonscalar", "aligned", "same_dtype", "several"]
     assert "unexpanded" not in features([x, torch.ones(1, 4).expand(3, 4)])["flags"]
+    assert "aligned" not in features([torch.ones(5)[1:]])["flags"]
     assert "unexpanded" in features([torch.ones(1).as_strided((1, 1), (0, 0))])["flags"]
     assert features([x, torch.ones((), dtype=torch.int64)], [torch.bool]) == {
-        "dtypes": ["bool", "float32", "int64"], "flags": ["contiguous", "unexpanded", "nonempty", "several"],
+        "dtypes": ["bool", "float32", "int64"], "flags": ["contiguous", "unexpanded", "nonempty", "aligned", "several"],
         "numel": 12,
     }  # fmt: skip
     for flags in itertools.combinations(FLAGS, 2):

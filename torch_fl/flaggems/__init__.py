@@ -11,9 +11,9 @@
 
 A right kernel may serve by default; within its limits, when it has some, and other calls go to the next backend. A
 wrong one, and one without a verdict, serves only when it is asked for by name. Limits: dtypes (names), max_numel,
-contiguous, unexpanded (no stride of 0 in a dimension of several elements), nonempty, nonscalar (no tensor without
-dimensions), same_shape, same_dtype, several (tensors, not one), defaults (names of arguments that must have their
-default).
+contiguous, unexpanded (no stride of 0 in a dimension of several elements), aligned (elements start on 16 bytes),
+nonempty, nonscalar (no tensor without dimensions), same_shape, same_dtype, several (tensors, not one), defaults (names
+of arguments that must have their default).
 """
 
 import json

@@ -49,8 +49,9 @@ TAIL = 250  # characters of a message that are kept
 
 
 def facts(t: torch.Tensor) -> tuple:
-    dense = t.layout is torch.strided and not t.is_nested
-    return (t.dtype, tuple(t.shape), str(t.layout), t.stride() if dense and t.numel() else None)
+    dense = t.layout is torch.strided and not t.is_nested and t.numel()
+    strides = tuple(step for n, step in zip(t.shape, t.stride(), strict=True) if n > 1) if dense else None
+    return (t.dtype, tuple(t.shape), str(t.layout), strides)
 
 
 def kept(tensors) -> list[tuple]:
