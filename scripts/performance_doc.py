@@ -151,7 +151,13 @@ def tests(data) -> list[str]:
 
 def tuned(data) -> list[str]:
     lines = [
-        (part, name, f"{row['ratio']:.3f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['pairs']} pairs")
+        (
+            part,
+            name,
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_fast']:.3f}" if "ratio_fast" in row else "",
+            f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['pairs']} pairs",
+        )
         for part, routes in data["parts"].items()
         for name, row in routes.items()
         if name != "native"
@@ -162,7 +168,7 @@ def tuned(data) -> list[str]:
         for name, row in data.get("verify", {}).items()
         if name != "native"
     ]
-    return [*rows(("part", "routes", "of native's speed", "spread"), lines), "", *judged]
+    return [*rows(("part", "routes", "of native's speed", "of the fastest quarter", "spread"), lines), "", *judged]
 
 
 def plans(data) -> list[str]:

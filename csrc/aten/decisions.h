@@ -13,9 +13,9 @@ namespace flagos {
 // The decision that an operator's lines make, of which the first that holds serves; without any, the default.
 const Decision& decide_lines(Slot& slot, const std::vector<RouteLine>& lines);
 
-// The kernel of the first of several lines, which is for some calls only; the others go to the next line, or without
-// one to the next backend.
-c10::BoxedKernel within_kernel(Slot& slot, const std::vector<RouteLine>& lines, const Kernel& kernel);
+// Makes a decision that of the first of several lines, which is for some calls only; the others go to the next line, or
+// without one to the next backend.
+void set_conditions(Decision& decision, Slot& slot, const std::vector<RouteLine>& lines);
 
 // Gives the call under way to another decision's kernel, which the log and the counts then name.
 void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,

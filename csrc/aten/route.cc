@@ -143,9 +143,7 @@ const Decision* decide(Slot& slot, std::vector<RouteLine> lines) {
     if (candidates[i].backend == resolution.backend && !resolution.backend.empty()) decision->kernel = kernels[i];
   }
   if (decision->kernel && wish && !wish->within.text.empty()) {
-    decision->boxed = within_kernel(slot, lines, decision->kernel);
-    decision->kernel.typed = nullptr;
-    decision->kernel.boxed = nullptr;
+    set_conditions(*decision, slot, lines);
   } else if (decision->kernel.boxed) {
     decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
   }
@@ -284,16 +282,6 @@ void announce(const std::string& op, const Kernel& kernel, const std::string& ba
   const auto& themselves = table().say_it_themselves;
   const bool looks = !kernel || std::count(themselves.begin(), themselves.end(), kernel.boxed);
   if (!looks && !kernel.composed) log_dispatch(op, backend);
-}
-
-void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-             torch::jit::Stack* stack) {
-  TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
-  served_by(decision);
-  if (logging.load(std::memory_order_relaxed)) {
-    announce(plain_name(op.operator_name()), decision.kernel, decision.resolution.backend);
-  }
-  call_decision(decision, op, keys, stack);
 }
 
 const Decision& take_slow_path(Slot& slot) {

@@ -8,9 +8,12 @@
 //   name.
 #pragma once
 
+#include <ATen/core/IListRef.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -39,12 +42,44 @@ struct Kernel {
   explicit operator bool() const { return typed || boxed; }
 };
 
+// What the conditions of a route look at: the first tensor's dtype and the largest tensor's size.
+struct Glance {
+  at::ScalarType dtype = at::ScalarType::Undefined;
+  int64_t numel = 0;
+};
+inline void glance(Glance& g, const at::Tensor& t) {
+  if (!t.defined()) return;
+  if (g.dtype == at::ScalarType::Undefined) g.dtype = t.scalar_type();
+  g.numel = std::max(g.numel, t.numel());
+}
+inline void glance(Glance& g, const std::optional<at::Tensor>& t) {
+  if (t) glance(g, *t);
+}
+inline void glance(Glance& g, at::TensorList list) {
+  for (const at::Tensor& t : list) glance(g, t);
+}
+inline void glance(Glance& g, const at::ITensorListRef& list) {
+  for (const at::Tensor& t : list) glance(g, t);
+}
+template <class T>
+void glance(Glance&, const T&) {}  // no tensor
+
+struct Decision;
+// The conditions of a decision that has some (within.cc).
+class Screen {
+ public:
+  virtual ~Screen() = default;
+  // Who serves such a call instead; nullptr when it is the decision itself.
+  virtual const Decision* other(const Glance& call) = 0;
+};
+
 // The outcome of resolving one operator: made once per (operator, backend, origin), never freed, so that a pointer to
 // it stays good while other threads change routes.
 struct Decision {
   Resolution resolution;
   Kernel kernel;
-  c10::BoxedKernel boxed;  // calls kernel.boxed, when the wish's conditions hold; valid when that is set
+  c10::BoxedKernel boxed;    // calls kernel.boxed, when the wish's conditions hold; valid when that is set
+  Screen* screen = nullptr;  // those conditions; part of `boxed`
   mutable std::atomic<uint64_t> calls{0}, nanoseconds{0};  // while counting; host time without nested operators
 };
 
@@ -80,6 +115,9 @@ class Counted {
 // The call under way on this thread is in the end served by another decision.
 void served_by(const Decision& decision);
 
+// What serves a call in the end, after the conditions of one decision and perhaps of the next.
+const Decision& screened(const Decision& decision, const Glance& call, const c10::OperatorHandle& op);
+
 // One call off the fast path: take_slow_path(), counted, with a range for the profiler as long as the kernel runs.
 class SlowCall {
  public:
@@ -111,9 +149,14 @@ struct Route<Op, R(A...)> {
 
   C10_NOINLINE static R call_slowly(A... a) {  // apart, so that the fast path needs no stack frame
     const SlowCall slow(slot);
-    const Decision& decision = slow.decision();
-    if (decision.kernel.typed) return reinterpret_cast<R (*)(A...)>(decision.kernel.typed)(std::forward<A>(a)...);
-    return c10::impl::BoxedKernelWrapper<R(A...)>::call(decision.boxed, *slot.op, c10::DispatchKeySet(),
+    const Decision* decision = &slow.decision();
+    if (decision->screen) {  // looked at before the arguments are boxed, which costs as much as some operators do
+      Glance seen;
+      (glance(seen, a), ...);
+      decision = &screened(*decision, seen, *slot.op);
+    }
+    if (decision->kernel.typed) return reinterpret_cast<R (*)(A...)>(decision->kernel.typed)(std::forward<A>(a)...);
+    return c10::impl::BoxedKernelWrapper<R(A...)>::call(decision->boxed, *slot.op, c10::DispatchKeySet(),
                                                         std::forward<A>(a)...);
   }
 };

@@ -13,8 +13,15 @@ void call_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::Dispa
   relabel_boxed(op, c10::DispatchKey::Dense, stack);
 }
 
+// The call under way is another decision's, if that is not an error.
+void take_over(const Decision& decision, const c10::OperatorHandle& op) {
+  TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
+  served_by(decision);
+  if (watched()) announce(plain_name(op.operator_name()), decision.kernel, decision.resolution.backend);
+}
+
 // The conditions of a wish, against the arguments of a call.
-class WithinCall final : public c10::OperatorKernel {
+class WithinCall final : public c10::OperatorKernel, public Screen {
  public:
   WithinCall(Slot& slot, const std::vector<RouteLine>& lines, const Kernel& kernel)
       : slot_(slot),
@@ -32,11 +39,21 @@ class WithinCall final : public c10::OperatorKernel {
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    const auto* next = holds(op, *stack) ? nullptr : other();
+    Glance seen;
+    for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); ++i) {
+      if ((*stack)[i].isTensor()) {
+        glance(seen, (*stack)[i].toTensor());
+      } else if ((*stack)[i].isTensorList()) {
+        for (const at::Tensor& t : (*stack)[i].toTensorList()) glance(seen, t);
+      }
+    }
+    const auto* next = other(seen);
     if (next) return pass_on(*next, op, keys, stack);
     announce(slot_.name, kernel_, backend_);
     call_kernel(kernel_, op, keys, stack);
   }
+
+  const Decision* other(const Glance& call) override { return holds(call) ? nullptr : otherwise(); }
 
  private:
   static std::string_view torch_name(at::ScalarType type) {
@@ -76,28 +93,15 @@ class WithinCall final : public c10::OperatorKernel {
     }
   }
 
-  bool holds(const c10::OperatorHandle& op, const torch::jit::Stack& stack) const {
-    int64_t numel = 0;
-    bool first = true, right = true;
-    const auto see = [&](const at::Tensor& t) {
-      if (!t.defined()) return;
-      if (first) right = (dtypes_ >> static_cast<unsigned>(t.scalar_type()) & 1) != 0;
-      first = false;
-      numel = std::max(numel, t.numel());
-    };
-    for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size() && right; ++i) {
-      if (stack[i].isTensor()) {
-        see(stack[i].toTensor());
-      } else if (stack[i].isTensorList()) {
-        for (const at::Tensor& t : stack[i].toTensorList()) see(t);
-      }
-    }
-    return right && numel >= within_.min_numel && numel <= within_.max_numel;
+  bool holds(const Glance& call) const {
+    const bool no_tensor = call.dtype == at::ScalarType::Undefined;
+    return (no_tensor || (dtypes_ >> static_cast<unsigned>(call.dtype) & 1) != 0) && call.numel >= within_.min_numel &&
+           call.numel <= within_.max_numel;
   }
 
-  // What serves a call that the conditions do not hold for. After FlagGems' kernels comes the next backend; a native
+  // What serves the calls that the conditions do not hold for. After FlagGems' kernels comes the next backend; a native
   // kernel itself serves what no FlagGems kernel does (nullptr).
-  const Decision* other() {
+  const Decision* otherwise() {
     const auto now = edition();
     if (C10_UNLIKELY(edition_.load(std::memory_order_acquire) != now)) {
       const bool by_lines = !rest_.empty() || backend_ == native_name(slot_);
@@ -121,8 +125,29 @@ class WithinCall final : public c10::OperatorKernel {
 
 }  // namespace
 
-c10::BoxedKernel within_kernel(Slot& slot, const std::vector<RouteLine>& lines, const Kernel& kernel) {
-  return c10::BoxedKernel::makeFromFunctor(std::make_unique<WithinCall>(slot, lines, kernel));
+void set_conditions(Decision& decision, Slot& slot, const std::vector<RouteLine>& lines) {
+  auto call = std::make_unique<WithinCall>(slot, lines, decision.kernel);
+  decision.screen = call.get();
+  decision.boxed = c10::BoxedKernel::makeFromFunctor(std::move(call));
+  decision.kernel.typed = nullptr;
+  decision.kernel.boxed = nullptr;
+}
+
+const Decision& screened(const Decision& decision, const Glance& call, const c10::OperatorHandle& op) {
+  const auto* serves = &decision;
+  while (serves->screen) {
+    const auto* other = serves->screen->other(call);
+    if (!other) break;
+    take_over(*other, op);
+    serves = other;
+  }
+  return *serves;
+}
+
+void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+             torch::jit::Stack* stack) {
+  take_over(decision, op);
+  call_decision(decision, op, keys, stack);
 }
 
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
