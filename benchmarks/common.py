@@ -147,9 +147,7 @@ class Worker:
     def keep_to(self, cores: list[int]) -> None:
         """Moves the process with all its threads to some of the machine's cores."""
         self.cores = cores
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
-                os.sched_setaffinity(int(thread), cores)
+        keep_to(self.process.pid, cores)
 
     def tell(self, do: str, **options) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -201,6 +199,14 @@ class Worker:
             self.process.wait()
         self.process.stdout.close()
         self.stderr.close()
+
+
+def keep_to(process: int, cores) -> None:
+    """Moves a process with all its threads to some of the machine's cores."""
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with contextlib.suppress(ProcessLookupError):  # this one has
+                os.sched_setaffinity(int(thread), cores)
 
 
 def last_cores(count: int | None) -> list[int]:

@@ -159,21 +159,15 @@ def tune(workload: Workload, routes: Routes, budget: float, clock: str):
 @contextlib.contextmanager
 def quiet():
     """One core for the process, and no collection of garbage meanwhile."""
-    cores = os.sched_getaffinity(0)
-
-    def keep_to(some):
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(int(thread), some)
-
+    cores = common.last_cores(None)
     gc.collect()
     gc.freeze()
     gc.disable()
-    keep_to({max(cores)})
+    common.keep_to(os.getpid(), common.last_cores(1))
     try:
         yield
     finally:
-        keep_to(cores)
+        common.keep_to(os.getpid(), cores)
         gc.enable()
         gc.unfreeze()
 
@@ -191,22 +185,19 @@ def measure(workload: Workload, routes: Routes, part: str, rounds: int, budget: 
         routes.use(name)
         for _ in range(3):
             run()
-    pairs: dict[str, list] = {name: [] for name in ROUTES}
-    while len(pairs["native"]) < rounds and (budget.left() > 0 or not pairs["native"]):
-        shift = len(pairs["native"]) % len(ROUTES)
-        speeds = {}
+    speeds: dict[str, list] = {name: [] for name in ROUTES}
+    native = speeds["native"]
+    while len(native) < rounds and (budget.left() > 0 or not native):
+        shift = len(native) % len(ROUTES)
         for name in ROUTES[shift:] + ROUTES[:shift]:
             routes.use(name)
-            speeds[name] = run()
-        for name, speed in speeds.items():
-            pairs[name].append((speeds["native"], speed))
+            speeds[name].append(run())
     result = {}
-    for name, rows in pairs.items():
-        native, own = zip(*rows, strict=True)
-        result[name] = {**common.ratio(rows), "ratio_fast": round(fast(own) / fast(native), 4)}
-    seconds = [native for native, _ in pairs["native"]]
-    middle = statistics.median(seconds)
-    result["native"]["spread"] = round(max(abs(s / middle - 1) for s in seconds), 4)
+    for name, own in speeds.items():
+        pairs = list(zip(native, own, strict=True))
+        result[name] = {**common.ratio(pairs), "ratio_fast": round(fast(own) / fast(native), 4)}
+    middle = statistics.median(native)
+    result["native"]["spread"] = round(max(abs(speed / middle - 1) for speed in native), 4)
     return result
 
 

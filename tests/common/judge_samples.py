@@ -63,13 +63,12 @@ def _products(*batch, vector=False, added=False):
     starts of 16 bytes."""
 
     def products(make):
-        def call(m, k, n, first):
-            tail = () if vector else (n,)
-            yield _plain(*([make(*batch, m, *tail)] if added else []), first, make(*batch, k, *tail))
-
-        yield from call(5, 32, 16, make(*batch, 32, 5).transpose(-1, -2))
-        for m, k, n in ((16, 32, 16), (2, 0, 3), (2, 4, 0), (0, 4, 3)):
-            yield from call(m, k, n, make(*batch, m, k))
+        odd_strides = make(*batch, 32, 5).transpose(-1, -2)
+        others = [make(*batch, *size) for size in ((16, 32), (2, 0), (2, 4), (0, 4))]
+        for first, columns in zip([odd_strides, *others], (16, 16, 3, 0, 3), strict=True):
+            rows, inner = first.shape[-2:]
+            tail = () if vector else (columns,)
+            yield _plain(*([make(*batch, rows, *tail)] if added else []), first, make(*batch, inner, *tail))
 
     return products
 
