@@ -294,7 +294,7 @@ flagos_status event_query(int32_t device, flagos_event handle) {
   EventSlot* event = find_event("event_query", device, handle, &status);
   if (!event) return status;
   auto record = event->value.current();
-  return !record || record->done.load(std::memory_order_acquire) ? FLAGOS_OK : FLAGOS_NOT_READY;
+  return !record || record->done() ? FLAGOS_OK : FLAGOS_NOT_READY;
 }
 
 flagos_status event_elapsed_ms(int32_t device, flagos_event start, flagos_event end, float* ms) {
@@ -309,7 +309,7 @@ flagos_status event_elapsed_ms(int32_t device, flagos_event start, flagos_event 
     return fail(FLAGOS_FAILED_PRECONDITION,
                 "event_elapsed_ms: both events must be created with FLAGOS_EVENT_TIMING and recorded");
   }
-  if (!a->done.load(std::memory_order_acquire) || !b->done.load(std::memory_order_acquire)) {
+  if (!a->done() || !b->done()) {
     return fail(FLAGOS_NOT_READY, "event_elapsed_ms: an event is still pending");
   }
   *ms = std::chrono::duration<float, std::milli>(b->time - a->time).count();
@@ -323,7 +323,7 @@ flagos_status stream_wait_event(int32_t device, flagos_stream stream_handle, fla
   EventSlot* event = stream ? find_event("stream_wait_event", -1, handle, &status) : nullptr;
   if (!event) return status;
   auto record = event->value.current();
-  if (!record || record->done.load(std::memory_order_acquire)) return FLAGOS_OK;
+  if (!record || record->done()) return FLAGOS_OK;
   Task task;
   task.kind = Task::kWait;
   task.record = std::move(record);

@@ -56,7 +56,7 @@ void run(Task& task) {
       memset(task.dst, task.value, task.width);
       break;
     case Task::kRecord:
-      task.record->complete();
+      task.record->time = Clock::now();
       break;
     case Task::kWait:
       task.record->wait();
@@ -138,25 +138,11 @@ EventTable& events() {
   return *instance;
 }
 
-void Record::complete() {
-  std::lock_guard<std::mutex> lock(mutex);
-  time = Clock::now();
-  done.store(true, std::memory_order_release);
-  changed.notify_all();
-}
-
-void Record::wait() {
-  if (done.load(std::memory_order_acquire)) return;
-  std::unique_lock<std::mutex> lock(mutex);
-  changed.wait(lock, [this] { return done.load(std::memory_order_relaxed); });
-}
-
-void Stream::sync() {
-  uint64_t target = submitted.load(std::memory_order_acquire);
-  if (completed.load(std::memory_order_acquire) >= target) return;
+void Stream::wait_for(uint64_t count) {
+  if (reached(count)) return;
   std::unique_lock<std::mutex> lock(mutex);
   ++waiters;
-  progress.wait(lock, [&] { return completed.load(std::memory_order_relaxed) >= target; });
+  progress.wait(lock, [&] { return reached(count); });
   --waiters;
 }
 
@@ -229,8 +215,10 @@ flagos_status enqueue(StreamSlot* slot, Task task) {
     if (flagos_status status = start_worker(slot)) return status;
     stream.running = true;
   }
+  uint64_t count = stream.submitted.load(std::memory_order_relaxed) + 1;
+  if (task.kind == Task::kRecord) task.record->count = count;
   stream.queue.push_back(std::move(task));
-  stream.submitted.fetch_add(1, std::memory_order_release);
+  stream.submitted.store(count, std::memory_order_release);
   stream.work.notify_one();
   return FLAGOS_OK;
 }
@@ -258,8 +246,9 @@ flagos_status destroy_event(EventSlot* slot, flagos_event handle) {
 
 flagos_status record_event(EventSlot* event, StreamSlot* stream) {
   auto record = std::make_shared<Record>();
+  record->stream = &stream->value;
   if (stream->value.idle()) {
-    record->complete();  // all earlier work is done, so there is nothing to wait for
+    record->time = Clock::now();  // all earlier work is done, so there is nothing to wait for
   } else {
     Task task;
     task.kind = Task::kRecord;

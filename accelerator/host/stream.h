@@ -20,16 +20,7 @@ namespace host {
 
 using Clock = std::chrono::steady_clock;
 
-/// One event_record(). Waiters hold it, so recording the event again or destroying it does not disturb them.
-struct Record {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::atomic<bool> done{false};
-  Clock::time_point time;  // valid once done
-
-  void complete();
-  void wait();
-};
+struct Record;
 
 struct Task {
   enum Kind { kCopy, kFill, kRecord, kWait, kCall };
@@ -38,7 +29,7 @@ struct Task {
   const char* src = nullptr;
   uint64_t dst_pitch = 0, src_pitch = 0, width = 0, height = 1;
   int value = 0;
-  std::shared_ptr<Record> record;
+  std::shared_ptr<Record> record;  // kRecord: its own; kWait: another's
   void (*fn)(void*) = nullptr;
   void* arg = nullptr;
 };
@@ -53,11 +44,22 @@ struct Stream {
   int waiters = 0;
   bool running = false, closing = false;
 
-  bool idle() const {
-    uint64_t target = submitted.load(std::memory_order_acquire);
-    return completed.load(std::memory_order_acquire) >= target;
-  }
-  void sync();
+  bool reached(uint64_t count) const { return completed.load(std::memory_order_acquire) >= count; }
+  bool idle() const { return reached(submitted.load(std::memory_order_acquire)); }
+  void wait_for(uint64_t count);
+  void sync() { wait_for(submitted.load(std::memory_order_acquire)); }
+};
+
+/// One event_record(): a place in its stream's work. It is done exactly when the stream says so, so whoever has waited
+/// for a stream's last event finds the stream idle. Waiters hold it, so recording the event again or destroying it does
+/// not disturb them; the stream outlives it, because slots are reused and their counters go on.
+struct Record {
+  Stream* stream = nullptr;
+  uint64_t count = 0;      // of the stream's tasks, this one included
+  Clock::time_point time;  // valid once done
+
+  bool done() const { return stream->reached(count); }
+  void wait() const { stream->wait_for(count); }
 };
 
 struct Event {

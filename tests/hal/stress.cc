@@ -63,7 +63,9 @@ void round_trip(int32_t device, Random& random, flagos_stream stream, flagos_eve
     failures.fetch_add(1);
   }
   OK(fill_async(device, a, 1, n, stream));
-  OK(stream_sync(device, stream));
+  OK(event_record(device, event, stream));
+  OK(event_sync(device, event));
+  OK(stream_query(device, stream));  // nobody else uses it: idle once its last event is complete
   OK(free(device, a));
   OK(free(device, b));
 }
