@@ -2,6 +2,7 @@
 // route.h, with which every typed operator is compiled.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,9 +14,9 @@ namespace flagos {
 // The decision that an operator's lines make, of which the first that holds serves; without any, the default.
 const Decision& decide_lines(Slot& slot, const std::vector<RouteLine>& lines);
 
-// Makes a decision that of the first of several lines, which is for some calls only; the others go to the next line, or
+// The conditions of the first of several lines, which is for some calls only; the others go to the next line, or
 // without one to the next backend.
-void set_conditions(Decision& decision, Slot& slot, const std::vector<RouteLine>& lines);
+std::unique_ptr<Screen> conditions(Slot& slot, const std::vector<RouteLine>& lines);
 
 // Gives the call under way to another decision's kernel, which the log and the counts then name.
 void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
@@ -31,8 +32,8 @@ bool watched();
 void says_itself(BoxedFunction* function);
 // The line of FLAGOS_LOG_DISPATCH, when it is on.
 void log_dispatch(const std::string& op, const std::string& backend);
-// The same for a decision's backend, unless its kernel does it itself.
-void announce(const std::string& op, const Kernel& kernel, const std::string& backend);
+// The same for a call that a decision serves, unless its kernel does it itself.
+void announce(const Decision& decision);
 
 // "native" on this chip, for an operator: its own kernels, or torch's composition where only others serve it whole.
 std::string native_name(const Slot& slot);

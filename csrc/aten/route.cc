@@ -57,7 +57,7 @@ bool usual() {
 
 void update_fast(Slot& slot) {
   const auto* decision = slot.decision.load(std::memory_order_acquire);
-  const bool direct = usual() && decision && decision->resolution.error.empty();
+  const bool direct = usual() && decision && decision->resolution.error.empty() && !decision->screen;
   slot.fast.store(direct ? decision->kernel.typed : nullptr, std::memory_order_release);
 }
 
@@ -138,13 +138,12 @@ const Decision* decide(Slot& slot, std::vector<RouteLine> lines) {
   for (const auto& known : slot.decisions) {
     if (same(known->resolution, resolution)) return known.get();
   }
-  auto decision = std::make_unique<Decision>();
+  auto decision = std::make_unique<Decision>(slot);
   for (size_t i = 0; i < candidates.size(); ++i) {
     if (candidates[i].backend == resolution.backend && !resolution.backend.empty()) decision->kernel = kernels[i];
   }
-  if (decision->kernel && wish && !wish->within.text.empty()) {
-    set_conditions(*decision, slot, lines);
-  } else if (decision->kernel.boxed) {
+  if (decision->kernel && wish && !wish->within.text.empty()) decision->screen = conditions(slot, lines);
+  if (decision->kernel.boxed) {
     decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
   }
   decision->resolution = std::move(resolution);
@@ -278,10 +277,12 @@ void log_dispatch(const std::string& op, const std::string& backend) {
   std::fprintf(stderr, "[flagos dispatch] %s -> %s\n", op.c_str(), backend.c_str());
 }
 
-void announce(const std::string& op, const Kernel& kernel, const std::string& backend) {
+void announce(const Decision& decision) {
+  if (C10_LIKELY(!logging.load(std::memory_order_relaxed))) return;
   const auto& themselves = table().say_it_themselves;
-  const bool looks = !kernel || std::count(themselves.begin(), themselves.end(), kernel.boxed);
-  if (!looks && !kernel.composed) log_dispatch(op, backend);
+  const auto& kernel = decision.kernel;
+  if (kernel.composed || std::count(themselves.begin(), themselves.end(), kernel.boxed)) return;
+  log_dispatch(decision.slot.name, decision.resolution.backend);
 }
 
 const Decision& take_slow_path(Slot& slot) {
@@ -298,7 +299,7 @@ const Decision& take_slow_path(Slot& slot) {
                               platform().chip(), "): ", resolution.error, "; torch_fl.explain('", slot.name,
                               "') shows what was tried");
   TORCH_CHECK(resolution.error.empty(), "flagos: ", resolution.error);
-  if (logging.load(std::memory_order_relaxed)) announce(slot.name, decision->kernel, resolution.backend);
+  if (!decision->screen) announce(*decision);
   if (sync_mode.load(std::memory_order_relaxed) && synchronizes(slot)) report_synchronizing(slot.name);
   return *decision;
 }
@@ -313,7 +314,7 @@ void boxed_route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch:
   auto& slot = slot_of_boxed(op);
   remember_op(slot.name);
   const SlowCall slow(slot);
-  slow.decision().boxed.callBoxed(op, keys, stack);
+  call_decision(slow.decision(), op, keys, stack);
 }
 
 // ---- counting ------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ template <class T>
 void glance(Glance&, const T&) {}  // no tensor
 
 struct Decision;
+struct Slot;
 // The conditions of a decision that has some (within.cc).
 class Screen {
  public:
@@ -76,10 +77,13 @@ class Screen {
 // The outcome of resolving one operator: made once per (operator, backend, origin), never freed, so that a pointer to
 // it stays good while other threads change routes.
 struct Decision {
+  explicit Decision(const Slot& slot) : slot(slot) {}
+
+  const Slot& slot;
   Resolution resolution;
   Kernel kernel;
-  c10::BoxedKernel boxed;    // calls kernel.boxed, when the wish's conditions hold; valid when that is set
-  Screen* screen = nullptr;  // those conditions; part of `boxed`
+  c10::BoxedKernel boxed;          // calls kernel.boxed; valid when that is set
+  std::unique_ptr<Screen> screen;  // the wish's conditions, when it has some: they have to be looked at first
   mutable std::atomic<uint64_t> calls{0}, nanoseconds{0};  // while counting; host time without nested operators
 };
 
@@ -96,7 +100,7 @@ struct Slot {
   std::vector<std::unique_ptr<Decision>> decisions;
 };
 
-// What serves this call; logs it. Throws the decision's error.
+// What serves this call, if its conditions hold; logs it when it has none. Throws the decision's error.
 const Decision& take_slow_path(Slot& slot);
 
 // Counts and times a call while counting is on.
@@ -115,8 +119,8 @@ class Counted {
 // The call under way on this thread is in the end served by another decision.
 void served_by(const Decision& decision);
 
-// What serves a call in the end, after the conditions of one decision and perhaps of the next.
-const Decision& screened(const Decision& decision, const Glance& call, const c10::OperatorHandle& op);
+// What serves a call in the end, after the conditions of one decision and perhaps of the next; logs it.
+const Decision& screened(const Decision& decision, const Glance& call);
 
 // One call off the fast path: take_slow_path(), counted, with a range for the profiler as long as the kernel runs.
 class SlowCall {
@@ -153,7 +157,7 @@ struct Route<Op, R(A...)> {
     if (decision->screen) {  // looked at before the arguments are boxed, which costs as much as some operators do
       Glance seen;
       (glance(seen, a), ...);
-      decision = &screened(*decision, seen, *slot.op);
+      decision = &screened(*decision, seen);
     }
     if (decision->kernel.typed) return reinterpret_cast<R (*)(A...)>(decision->kernel.typed)(std::forward<A>(a)...);
     return c10::impl::BoxedKernelWrapper<R(A...)>::call(decision->boxed, *slot.op, c10::DispatchKeySet(),
@@ -191,6 +195,7 @@ void add_slot(Slot& slot, const c10::OperatorHandle& op);
 // Names the backend below `backend` in the default order that can serve the slot; what a kernel uses that was entered
 // again by the operator it implements, or that must not serve a call.
 const Decision& decide_without(Slot& slot, const std::string& backend);
+// Calls the kernel of a decision, or of those that its conditions leave the call to.
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                    torch::jit::Stack* stack);
 

@@ -7,28 +7,34 @@ namespace flagos {
 
 namespace {
 
-void call_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                 torch::jit::Stack* stack) {
-  if (kernel.boxed) return kernel.boxed(op, keys, stack);
-  relabel_boxed(op, c10::DispatchKey::Dense, stack);
+// What conditions look at, of arguments on a stack.
+Glance glance_at(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  Glance seen;
+  for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size(); ++i) {
+    if (stack[i].isTensor()) {
+      glance(seen, stack[i].toTensor());
+    } else if (stack[i].isTensorList()) {
+      for (const at::Tensor& t : stack[i].toTensorList()) glance(seen, t);
+    }
+  }
+  return seen;
 }
 
-// The call under way is another decision's, if that is not an error.
-void take_over(const Decision& decision, const c10::OperatorHandle& op) {
+// The call under way is this decision's, if that is not an error.
+void take_over(const Decision& decision) {
   TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
   served_by(decision);
-  if (watched()) announce(plain_name(op.operator_name()), decision.kernel, decision.resolution.backend);
+  if (!decision.screen) announce(decision);
 }
 
 // The conditions of a wish, against the arguments of a call.
-class WithinCall final : public c10::OperatorKernel, public Screen {
+class WithinCall final : public Screen {
  public:
-  WithinCall(Slot& slot, const std::vector<RouteLine>& lines, const Kernel& kernel)
+  WithinCall(Slot& slot, const std::vector<RouteLine>& lines)
       : slot_(slot),
         backend_(lines.front().backend),
         within_(lines.front().within),
-        rest_(lines.begin() + 1, lines.end()),
-        kernel_(kernel) {
+        rest_(lines.begin() + 1, lines.end()) {
     for (int i = 0; i < static_cast<int>(at::ScalarType::NumOptions); ++i) {
       const auto type = static_cast<at::ScalarType>(i);
       const auto name = torch_name(type);
@@ -36,21 +42,6 @@ class WithinCall final : public c10::OperatorKernel, public Screen {
         dtypes_ |= uint64_t{1} << i;
       }
     }
-  }
-
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    Glance seen;
-    for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); ++i) {
-      if ((*stack)[i].isTensor()) {
-        glance(seen, (*stack)[i].toTensor());
-      } else if ((*stack)[i].isTensorList()) {
-        for (const at::Tensor& t : (*stack)[i].toTensorList()) glance(seen, t);
-      }
-    }
-    const auto* next = other(seen);
-    if (next) return pass_on(*next, op, keys, stack);
-    announce(slot_.name, kernel_, backend_);
-    call_kernel(kernel_, op, keys, stack);
   }
 
   const Decision* other(const Glance& call) override { return holds(call) ? nullptr : otherwise(); }
@@ -117,7 +108,6 @@ class WithinCall final : public c10::OperatorKernel, public Screen {
   const std::string backend_;
   const Within within_;
   const std::vector<RouteLine> rest_;
-  const Kernel kernel_;
   uint64_t dtypes_ = 0;
   std::atomic<const Decision*> next_{nullptr};
   std::atomic<uint64_t> edition_{0};
@@ -125,20 +115,19 @@ class WithinCall final : public c10::OperatorKernel, public Screen {
 
 }  // namespace
 
-void set_conditions(Decision& decision, Slot& slot, const std::vector<RouteLine>& lines) {
-  auto call = std::make_unique<WithinCall>(slot, lines, decision.kernel);
-  decision.screen = call.get();
-  decision.boxed = c10::BoxedKernel::makeFromFunctor(std::move(call));
-  decision.kernel.typed = nullptr;
-  decision.kernel.boxed = nullptr;
+std::unique_ptr<Screen> conditions(Slot& slot, const std::vector<RouteLine>& lines) {
+  return std::make_unique<WithinCall>(slot, lines);
 }
 
-const Decision& screened(const Decision& decision, const Glance& call, const c10::OperatorHandle& op) {
+const Decision& screened(const Decision& decision, const Glance& call) {
   const auto* serves = &decision;
   while (serves->screen) {
     const auto* other = serves->screen->other(call);
-    if (!other) break;
-    take_over(*other, op);
+    if (!other) {
+      announce(*serves);
+      break;
+    }
+    take_over(*other);
     serves = other;
   }
   return *serves;
@@ -146,14 +135,15 @@ const Decision& screened(const Decision& decision, const Glance& call, const c10
 
 void pass_on(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
              torch::jit::Stack* stack) {
-  take_over(decision, op);
+  take_over(decision);
   call_decision(decision, op, keys, stack);
 }
 
 void call_decision(const Decision& decision, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                    torch::jit::Stack* stack) {
-  if (decision.boxed.isValid()) return decision.boxed.callBoxed(op, keys, stack);
-  call_kernel(decision.kernel, op, keys, stack);
+  const auto& serves = decision.screen ? screened(decision, glance_at(op, *stack)) : decision;
+  if (serves.boxed.isValid()) return serves.boxed.callBoxed(op, keys, stack);
+  relabel_boxed(op, c10::DispatchKey::Dense, stack);
 }
 
 }  // namespace flagos

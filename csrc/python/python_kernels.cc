@@ -308,8 +308,7 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
 void call_again(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   auto& slot = slot_of(op);
   const auto& decision = take_slow_path(slot);
-  const bool conditional = !decision.kernel && decision.resolution.backend == kName;
-  if (decision.kernel.boxed == &run || conditional) {  // a thread's own route, resolved before
+  if (decision.kernel.boxed == &run) {  // a thread's own route, resolved before
     TORCH_CHECK(false, "flagos: backend not registered: ", slot.name, " -> ", kName, " (asked for by ",
                 decision.resolution.origin, "): ", unavailable(), "; available for ", slot.name,
                 ": see torch_fl.explain('", slot.name, "')");
