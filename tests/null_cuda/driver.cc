@@ -101,14 +101,17 @@ CUresult launch(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx
   if (cudaError_t error = enter("cuLaunchKernelEx")) return CUresult(error);  // whichever of the launch functions
   auto* function = reinterpret_cast<Function*>(f);
   count_launch();
-  char text[160];
-  snprintf(text, sizeof text, " <<<%u,%u,%u %u,%u,%u %u>>> device %d stream %p", gx, gy, gz, bx, by, bz, shared,
-           current_device(), static_cast<void*>(stream));
-  std::string line = recording() ? function->name + text + attributes + " (" : "";
-  if (recording() && parameters)
-    for (size_t i = 0; i < function->parameters.size(); ++i)
+  std::string line;
+  if (recording()) {
+    char text[160];
+    snprintf(text, sizeof text, " <<<%u,%u,%u %u,%u,%u %u>>> device %d stream %p", gx, gy, gz, bx, by, bz, shared,
+             current_device(), static_cast<void*>(stream));
+    line = function->name + text + attributes + " (";
+    for (size_t i = 0; parameters && i < function->parameters.size(); ++i)
       line += text_of(parameters[i], function->parameters[i].size);
-  record(line + ")", stream);
+    line += ")";
+  }
+  record(line, stream);
   return CUDA_SUCCESS;
 }
 

@@ -56,9 +56,17 @@ class Decision:
     why: str = ""
 
 
+def _counted(host: Clock, device: Clock, clock: str) -> list[Clock]:
+    return [c for name, c in (("host", host), ("device", device)) if clock in (name, "both")]
+
+
+def _loses(host: Clock, device: Clock, clock: str) -> bool:
+    return any(c.ratio > 1 + c.noise for c in _counted(host, device, clock))
+
+
 def _wins(host: Clock, device: Clock, clock: str) -> bool:
-    counted = [c for name, c in (("host", host), ("device", device)) if clock in (name, "both")]
-    return all(c.ratio <= 1 + c.noise for c in counted) and any(c.ratio * (1 + c.noise) < 1 for c in counted)
+    gains = any(c.ratio * (1 + c.noise) < 1 for c in _counted(host, device, clock))
+    return gains and not _loses(host, device, clock)
 
 
 def _score(host: float, device: float, clock: str) -> float:
@@ -162,12 +170,14 @@ def _why_native(rows, won, native) -> str:
 def portable(rows: list[Row], clock: str) -> str | None:
     """The backend for a conf that holds with and without FlagGems: "native", or None where the default is better.
 
-    It knows no conditions, so that it costs nothing where there is no FlagGems; so every group has to be measured.
+    It knows no conditions, so that it costs nothing where there is no FlagGems, and it serves other workloads too, with
+    other shares of each group: so the default has to win over all calls and must not lose in any group.
     """
     default = rows[0].default
     if default == rows[0].native:
         return None
     right = default not in banned(rows) and all(default in row.clocks and not row.why for row in rows)
-    if right and _wins(*_total(rows, lambda _: (default, 1.0)), clock):
+    even = right and not any(_loses(*row.clocks[default], clock) for row in rows)
+    if even and _wins(*_total(rows, lambda _: (default, 1.0)), clock):
         return None
     return "native"
