@@ -95,11 +95,13 @@ std::vector<Candidate> candidates_of(const Slot& slot, std::vector<Kernel>& kern
 }
 
 struct BoxedCall final : c10::OperatorKernel {
-  explicit BoxedCall(BoxedFunction* f) : function(f) {}
+  explicit BoxedCall(const Kernel& k) : kernel(k) {}
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    function(op, keys, stack);
+    const auto* other = kernel.instead ? kernel.instead(op, *stack) : nullptr;
+    if (other) return pass_on(*other, op, keys, stack);
+    kernel.boxed(op, keys, stack);
   }
-  BoxedFunction* function;
+  const Kernel kernel;
 };
 
 bool same(const Resolution& a, const Resolution& b) {
@@ -144,7 +146,7 @@ const Decision* decide(Slot& slot, std::vector<RouteLine> lines) {
   }
   if (decision->kernel && wish && !wish->within.text.empty()) decision->screen = conditions(slot, lines);
   if (decision->kernel.boxed) {
-    decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel.boxed));
+    decision->boxed = c10::BoxedKernel::makeFromFunctor(std::make_unique<BoxedCall>(decision->kernel));
   }
   decision->resolution = std::move(resolution);
   slot.decisions.push_back(std::move(decision));

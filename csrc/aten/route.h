@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "csrc/aten/resolve.h"
+#include "csrc/aten/unbox.h"
 #include "csrc/runtime/last_ops.h"
 
 namespace at {
@@ -34,11 +35,15 @@ struct Backend;
 // A kernel takes its arguments typed (its address; the signature is the operator's) or boxed on a stack. Boxed ones are
 // functions of (operator, key set, stack).
 using BoxedFunction = void(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*);
+// Who serves a call instead of a boxed kernel that is not for every call; nullptr when it does itself.
+struct Decision;
+using InsteadFunction = const Decision*(const c10::OperatorHandle&, const torch::jit::Stack&);
 struct Kernel {
   void* typed = nullptr;
   BoxedFunction* boxed = nullptr;
   bool by_name_only = false;  // not by default: nobody has proven it right
   bool composed = false;      // torch's composition: the operators it calls are what is logged and counted
+  InsteadFunction* instead = nullptr;  // to be asked before each call of `boxed`
   explicit operator bool() const { return typed || boxed; }
 };
 
@@ -64,7 +69,6 @@ inline void glance(Glance& g, const at::ITensorListRef& list) {
 template <class T>
 void glance(Glance&, const T&) {}  // no tensor
 
-struct Decision;
 struct Slot;
 // The conditions of a decision that has some (within.cc).
 class Screen {
@@ -82,7 +86,7 @@ struct Decision {
   const Slot& slot;
   Resolution resolution;
   Kernel kernel;
-  c10::BoxedKernel boxed;          // calls kernel.boxed; valid when that is set
+  c10::BoxedKernel boxed;          // asks kernel.instead, calls kernel.boxed; valid when that is set
   std::unique_ptr<Screen> screen;  // the wish's conditions, when it has some: they have to be looked at first
   mutable std::atomic<uint64_t> calls{0}, nanoseconds{0};  // while counting; host time without nested operators
 };
@@ -118,6 +122,8 @@ class Counted {
 };
 // The call under way on this thread is in the end served by another decision.
 void served_by(const Decision& decision);
+// The same, logged; throws that decision's error.
+void take_over(const Decision& decision);
 
 // What serves a call in the end, after the conditions of one decision and perhaps of the next; logs it.
 const Decision& screened(const Decision& decision, const Glance& call);
@@ -158,6 +164,18 @@ struct Route<Op, R(A...)> {
       Glance seen;
       (glance(seen, a), ...);
       decision = &screened(*decision, seen);
+    }
+    if constexpr (c10::impl::can_box_all<A...>::value && Unbox<R, A...>::possible) {
+      if (decision->kernel.instead) {  // so that another's kernel gets the arguments as they are
+        auto stack = c10::impl::boxArgs<A...>(a...);
+        const auto* other = decision->kernel.instead(*slot.op, stack);
+        if (!other) {
+          decision->kernel.boxed(*slot.op, c10::DispatchKeySet(), &stack);
+          return Unbox<R, A...>::take(stack, a...);
+        }
+        decision = other;
+        take_over(*decision);
+      }
     }
     if (decision->kernel.typed) return reinterpret_cast<R (*)(A...)>(decision->kernel.typed)(std::forward<A>(a)...);
     return c10::impl::BoxedKernelWrapper<R(A...)>::call(decision->boxed, *slot.op, c10::DispatchKeySet(),

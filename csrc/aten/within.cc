@@ -20,13 +20,6 @@ Glance glance_at(const c10::OperatorHandle& op, const torch::jit::Stack& stack) 
   return seen;
 }
 
-// The call under way is this decision's, if that is not an error.
-void take_over(const Decision& decision) {
-  TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
-  served_by(decision);
-  if (!decision.screen) announce(decision);
-}
-
 // The conditions of a wish, against the arguments of a call.
 class WithinCall final : public Screen {
  public:
@@ -114,6 +107,12 @@ class WithinCall final : public Screen {
 };
 
 }  // namespace
+
+void take_over(const Decision& decision) {
+  TORCH_CHECK(decision.resolution.error.empty(), "flagos: ", decision.resolution.error);
+  served_by(decision);
+  if (!decision.screen) announce(decision);
+}
 
 std::unique_ptr<Screen> conditions(Slot& slot, const std::vector<RouteLine>& lines) {
   return std::make_unique<WithinCall>(slot, lines);

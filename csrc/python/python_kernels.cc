@@ -145,7 +145,7 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
   bool good = true;
   const auto& arguments = op.schema().arguments();
   const size_t n = arguments.size();
-  at::Tensor first;
+  const c10::TensorImpl* first = nullptr;
   bool one = true;  // tensor at most
   for (size_t i = stack.size() - n; i < stack.size(); ++i) {
     const size_t position = i + n - stack.size();
@@ -162,26 +162,16 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
       if (limits.aligned) good &= is_aligned(t);
       if (limits.nonempty) good &= numel > 0;
       if (limits.nonscalar) good &= t.dim() > 0;
-      if (!first.defined()) {
-        first = t;
+      if (!first) {
+        first = t.unsafeGetTensorImpl();
         return;
       }
       one = false;
-      if (limits.same_shape) good &= t.sizes() == first.sizes();
-      if (limits.same_dtype) good &= t.scalar_type() == first.scalar_type();
+      if (limits.same_shape) good &= t.sizes() == first->sizes();
+      if (limits.same_dtype) good &= t.dtype() == first->dtype();
     });
   }
   return good && !(limits.several && one);
-}
-
-void call_next(PythonKernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-               torch::jit::Stack* stack) {
-  const auto* next = kernel.next.load(std::memory_order_acquire);
-  if (!next) {
-    next = &decide_without(slot_of(op), kName);
-    kernel.next.store(next, std::memory_order_release);
-  }
-  pass_on(*next, op, keys, stack);
 }
 
 // ---- calling Python
@@ -324,14 +314,24 @@ bool elsewhere(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   return false;
 }
 
-void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+// Who serves a call that this kernel must not; nullptr when it may.
+const Decision* instead(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   auto& kernel = kernel_of(op);
   const bool entered = std::find(running.begin(), running.end(), &kernel) != running.end();
-  if (entered || elsewhere(op, *stack)) return call_next(kernel, op, keys, stack);
-  if (C10_UNLIKELY(!within(kernel.limits, op, *stack))) {
+  if (C10_LIKELY(!entered && !elsewhere(op, stack))) {
+    if (C10_LIKELY(within(kernel.limits, op, stack))) return nullptr;
     kernel.passed_on.fetch_add(1, std::memory_order_relaxed);
-    return call_next(kernel, op, keys, stack);
   }
+  const auto* next = kernel.next.load(std::memory_order_acquire);
+  if (!next) {
+    next = &decide_without(slot_of(op), kName);
+    kernel.next.store(next, std::memory_order_release);
+  }
+  return next;
+}
+
+void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  auto& kernel = kernel_of(op);
   if (kernel.verdict == Verdict::wrong && !kernel.warned.exchange(true)) {
     TORCH_WARN("flagos: the ", kName, " kernel of ", kernel.name, " was asked for by name although it is ", kernel.why);
   }
@@ -364,7 +364,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
   }
   why = found->second->why;
   if (found->second->verdict == Verdict::unusable) return {};
-  return Kernel{nullptr, &run, found->second->verdict != Verdict::right};
+  return Kernel{nullptr, &run, found->second->verdict != Verdict::right, false, &instead};
 }
 
 FLAGOS_BACKEND(flagos_python, {kName, 10, &available, &kernel});
