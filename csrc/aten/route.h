@@ -8,12 +8,10 @@
 //   name.
 #pragma once
 
-#include <ATen/core/IListRef.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -21,7 +19,7 @@
 #include <vector>
 
 #include "csrc/aten/resolve.h"
-#include "csrc/aten/unbox.h"
+#include "csrc/aten/typed_call.h"
 #include "csrc/runtime/last_ops.h"
 
 namespace at {
@@ -31,45 +29,23 @@ struct RecordFunction;
 namespace flagos {
 
 struct Backend;
+struct Decision;
+struct Slot;
 
 // A kernel takes its arguments typed (its address; the signature is the operator's) or boxed on a stack. Boxed ones are
 // functions of (operator, key set, stack).
 using BoxedFunction = void(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*);
 // Who serves a call instead of a boxed kernel that is not for every call; nullptr when it does itself.
-struct Decision;
 using InsteadFunction = const Decision*(const c10::OperatorHandle&, const torch::jit::Stack&);
 struct Kernel {
   void* typed = nullptr;
   BoxedFunction* boxed = nullptr;
-  bool by_name_only = false;  // not by default: nobody has proven it right
-  bool composed = false;      // torch's composition: the operators it calls are what is logged and counted
+  bool by_name_only = false;           // not by default: nobody has proven it right
+  bool composed = false;               // torch's composition: the operators it calls are what is logged and counted
   InsteadFunction* instead = nullptr;  // to be asked before each call of `boxed`
   explicit operator bool() const { return typed || boxed; }
 };
 
-// What the conditions of a route look at: the first tensor's dtype and the largest tensor's size.
-struct Glance {
-  at::ScalarType dtype = at::ScalarType::Undefined;
-  int64_t numel = 0;
-};
-inline void glance(Glance& g, const at::Tensor& t) {
-  if (!t.defined()) return;
-  if (g.dtype == at::ScalarType::Undefined) g.dtype = t.scalar_type();
-  g.numel = std::max(g.numel, t.numel());
-}
-inline void glance(Glance& g, const std::optional<at::Tensor>& t) {
-  if (t) glance(g, *t);
-}
-inline void glance(Glance& g, at::TensorList list) {
-  for (const at::Tensor& t : list) glance(g, t);
-}
-inline void glance(Glance& g, const at::ITensorListRef& list) {
-  for (const at::Tensor& t : list) glance(g, t);
-}
-template <class T>
-void glance(Glance&, const T&) {}  // no tensor
-
-struct Slot;
 // The conditions of a decision that has some (within.cc).
 class Screen {
  public:

@@ -106,7 +106,7 @@ def test_portable_lines_name_no_flaggems():
     assert portable([row(0.5, 0.5, backend="flagos")], "both") == "native"  # the default would be another
     assert portable([row(why="no time", clocks={})], "both") == "native"
     assert portable([row(0.5, 0.5), row(0.5, 1.02, low=512)], "both") is None
-    assert portable([row(0.5, 0.5), row(0.5, 1.5, low=512)], "both") == "native"  # another workload may consist of those
+    assert portable([row(0.5, 0.5), row(0.5, 1.5, low=512)], "both") == "native"  # another workload's calls
     assert portable([row(0.1, 0.1), row(0.1, 0.1, low=512, wrong=["flagos_python"])], "both") == "native"
 
 

@@ -1,14 +1,39 @@
-// unbox.h: what a typed call returns, from the stack on which a boxed kernel has left its results.
+// typed_call.h: what route.h sees of a typed call's arguments, and how the call returns a boxed kernel's results.
 #pragma once
 
+#include <ATen/core/IListRef.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/boxing/impl/boxing.h>
 #include <ATen/core/stack.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
 namespace flagos {
+
+// What the conditions of a route look at: the first tensor's dtype and the largest tensor's size.
+struct Glance {
+  at::ScalarType dtype = at::ScalarType::Undefined;
+  int64_t numel = 0;
+};
+inline void glance(Glance& g, const at::Tensor& t) {
+  if (!t.defined()) return;
+  if (g.dtype == at::ScalarType::Undefined) g.dtype = t.scalar_type();
+  g.numel = std::max(g.numel, t.numel());
+}
+inline void glance(Glance& g, const std::optional<at::Tensor>& t) {
+  if (t) glance(g, *t);
+}
+inline void glance(Glance& g, at::TensorList list) {
+  for (const at::Tensor& t : list) glance(g, t);
+}
+inline void glance(Glance& g, const at::ITensorListRef& list) {
+  for (const at::Tensor& t : list) glance(g, t);
+}
+template <class T>
+void glance(Glance&, const T&) {}  // no tensor
 
 // The arguments that a call writes, as the typed signature shows them.
 template <class A>
@@ -45,8 +70,7 @@ struct Unbox<at::Tensor&, A...> {
 };
 template <class... T, class... A>
 struct Unbox<std::tuple<at::Tensor&, T...>, A...> {
-  static constexpr bool possible =
-      (std::is_same_v<T, at::Tensor&> && ...) && kWritten<A...> == 1 + sizeof...(T);
+  static constexpr bool possible = (std::is_same_v<T, at::Tensor&> && ...) && kWritten<A...> == 1 + sizeof...(T);
   static std::tuple<at::Tensor&, T...> take(torch::jit::Stack&, std::remove_reference_t<A>&... a) {
     return std::tuple_cat(written(a)...);
   }
