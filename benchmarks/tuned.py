@@ -148,7 +148,9 @@ def finished_conf(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
         return text
-    return "".join(f"{line}\n" for route in json.loads(text)["tuning"]["routes"].values() for line in route["lines"])
+    from torch_fl.tuning import Tuned
+
+    return Tuned.from_dict(json.loads(text)["tuning"]).conf()
 
 
 def tune(workload: Workload, routes: Routes, budget: float, clock: str):

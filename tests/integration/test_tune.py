@@ -180,6 +180,7 @@ def test_context_manager(tmp_path):
     assert torch_fl.routes() == before
     print(tuning.report)
     assert tuning.report.as_dict()["routes"]["lgamma"]["lines"] == ["lgamma = flagos_python"]
+    assert type(tuning.report).from_dict(tuning.report.as_dict()).conf() == tuning.report.conf()
     try:
         with torch_fl.tune({str(tmp_path / "u.conf")!r}):
             raise KeyError

@@ -248,6 +248,12 @@ class Tuned:
             "rows": [row.as_dict() for row in self.rows],
         }
 
+    @classmethod
+    def from_dict(cls, data: dict) -> "Tuned":
+        """What as_dict() told of; the decisions are made anew from the measurements."""
+        rows = [Row.from_dict(row) for row in data["rows"]]
+        return cls(data["where"], data["clock"], rows, data["left_out"], data["seconds"])
+
     def gains(self) -> dict[str, float]:
         """Time of all measured calls with the chosen routes relative to native, on each clock; 1 without calls."""
         totals = {}
