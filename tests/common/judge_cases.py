@@ -358,8 +358,7 @@ def cases(op: str, index: dict, dtypes=DTYPES, most: int = 100) -> list[Case]:
     sources.sort(key=lambda s: (_distance(op, s[0]), s))
     by_dtype = {}
     for dtype in dtypes:
-        written = judge_samples.calls(op, getattr(torch, dtype))
-        found = [Case(f"by hand {dtype} {i}", *call) for i, call in enumerate(written)]
+        found = [Case(f"by hand {dtype} {i}", *call) for i, call in enumerate(_written(op, getattr(torch, dtype)))]
         for name, mode in sources[:4]:
             info = opdb.ops_by_name()[name]
             if getattr(torch, dtype) not in opdb.cpu_dtypes(info):
@@ -376,6 +375,18 @@ def cases(op: str, index: dict, dtypes=DTYPES, most: int = 100) -> list[Case]:
         if found:
             by_dtype[dtype] = found
     return _mix(op, by_dtype, most)
+
+
+def _written(op, dtype):
+    """The calls by hand; those of `mm` serve `mm.out`, too, which has the same kernel as a rule, and one more, whose
+    result has to be resized."""
+    base, _, which = op.rpartition(".")
+    found = judge_samples.calls(op, dtype)
+    if found or which != "out":
+        return found
+    borrowed = [borrow(op, base, *call) for call in judge_samples.calls(base, dtype)]
+    borrowed = [call for call in borrowed if call is not None]
+    return borrowed + [(args, {**kwargs, "out": kwargs["out"].new_empty(0)}) for args, kwargs in borrowed[:1]]
 
 
 def _sources(index, wanted):
@@ -405,7 +416,8 @@ def _mix(op, by_dtype, most):
     for round_, count in enumerate((4, 2, 4)):
         for position, calls in enumerate(by_dtype.values()):
             order = torch.randperm(len(calls), generator=generator).tolist()
-            start = calls[:count] if round_ == 0 else [calls[i] for i in order[:count]]
+            by_hand = sum(case.label.startswith("by hand") for case in calls)  # they take no other call's place
+            start = calls[: by_hand + count] if round_ == 0 else [calls[i] for i in order[:count]]
             largest = max(start, key=_elements)
             for case in start:
                 take(case)

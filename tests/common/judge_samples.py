@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def _maker(dtype: torch.dtype, seed: int):
@@ -137,6 +138,10 @@ def _all_true(make):
         yield _plain(make(*size))
 
 
+def _no_dimensions(make):
+    yield _plain(make(), dim=0)
+
+
 def _range(make):
     for least, most in ((None, None), (1, 100), (0, None)):
         yield _plain(7, least, most, make(1))
@@ -256,6 +261,7 @@ CALLS = {
     "_upsample_bicubic2d_aa_backward": _bicubic_backward,
     "_weight_norm_interface": _weight_norm,
     "_weight_norm_interface_backward": _weight_norm_backward,
+    "aminmax": (_no_dimensions, (*FLOATS, *INTEGERS)),
     "lift_fresh_copy": (_copies, None),
     "mm": _products(),
     "addmm": _products(added=True),

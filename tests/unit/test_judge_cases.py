@@ -29,3 +29,16 @@ def test_indices_from_the_end_in_each_type():
 def test_the_dtype_of_a_range_follows_from_its_numbers():
     ends = [case.args[0] for case in judge_cases.cases("arange", {}, ["float32"]) if "dtype" not in case.kwargs]
     assert 2.5 in ends and 7 in ends
+
+
+def test_written_calls_serve_the_overload_that_writes_into_a_tensor():
+    sizes = {tuple(case.kwargs["out"].shape) for case in judge_cases.cases("mm.out", {}, ["float32"])}
+    results = {tuple(torch.mm(*call).shape) for call, _ in judge_cases._written("mm", torch.float32)}
+    assert results | {(0,)} <= sizes  # the last has to be resized
+    assert judge_cases._written("round.out", torch.float32) == []
+
+
+def test_written_calls_take_no_sample_s_place():
+    cases = judge_cases.cases("addmm", {"addmm": {"forward": ["addmm"]}}, ["float32"])
+    expected = [f"by hand float32 {i}" for i in range(5)] + [f"addmm forward float32 {i}" for i in range(4)]
+    assert set(expected) <= {case.label for case in cases}
