@@ -6,13 +6,14 @@
     python -m tests.common.null_cuda python benchmarks/tuned.py --conf benchmarks/results/tuned.json --steps 0
                   # host time alone: the null CUDA's kernels take no time, and compute nothing that could be verified
 
-Routes: `native` (no FlagGems), `shipped` (the chip's conf in torch_fl/), `all` (no conf: every FlagGems kernel that is
-judged right), `tuned` (what torch_fl.tune() makes of this very workload, first of all; --conf takes a finished one).
-One process, on one core while it is timed, and one model; in each round every set of routes takes a turn at a part, in
-an order that rotates, and is compared with native in the same round. A turn begins with work that is not timed: the
-first calls after a change of routes decide anew. Then each set decodes and trains from the same start: its tokens must
-be ones that native, given the same text, finds as good as its own; its losses must stay within LOSS_TOLERANCE of
-native's.
+Routes: `native` (no FlagGems), `again` (the same once more: what noise makes of equal routes), `shipped` (what
+scripts/make_backends_conf.py makes of the tuner's measurements; with --conf the chip's conf in torch_fl/), `all` (no
+conf: every FlagGems kernel that is judged right), `tuned` (what torch_fl.tune() and its trial() make of this very
+workload, first of all; --conf takes a finished one). One process, on one core while it is timed, and one model; in each
+round every set of routes takes a turn at a part, in random order, and is compared with native in the same round. A turn
+begins with work that is not timed: the first calls after a change of routes decide anew. Then each set decodes and
+trains from the same start: its tokens must be ones that native, given the same text, finds as good as its own; its
+losses must stay within LOSS_TOLERANCE of native's.
 
 tuned.json holds figures, device, versions and every measurement of the tuner; scripts/make_backends_conf.py turns it
 into torch_fl/backends.conf.
@@ -25,7 +26,7 @@ import contextlib
 import gc
 import json
 import os
-import statistics
+import random
 import sys
 import tempfile
 import time
@@ -37,10 +38,12 @@ sys.path.append(str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks import common, qwen3  # noqa: E402
+from scripts import make_backends_conf  # noqa: E402
 
-ROUTES = ("native", "shipped", "all", "tuned")
+ROUTES = ("native", "again", "shipped", "all", "tuned")
 PARTS = ("prefill", "decode", "train")
 TURN = 8  # tokens
+TRIAL = 0.4  # of the tuner's time, for what it makes of its measurements
 LOSS_TOLERANCE = 2e-2  # relative; bf16 resolves 8e-3
 TOKEN_MARGIN = 0.25  # standard deviations of the logits between native's best token and the one that was taken
 SHAPES = {"full": {"prefill": (4, 512), "train": (2, 256)}, "small": {"prefill": (2, 32), "train": (2, 16)}}
@@ -76,13 +79,20 @@ class Workload:
         return units / (time.perf_counter() - begin)
 
     @torch.no_grad()
-    def prefill(self) -> float:
-        return self._timed(lambda: self.model(input_ids=self.text, use_cache=False), self.text.numel())
+    def prompt(self):
+        return self.model(input_ids=self.text, use_cache=False)
 
-    def decode(self) -> float:
+    def generate(self) -> float:
+        """Seconds of TURN tokens, without those of the prompt."""
         self.decoder.begin()
         self.decoder.steps(1)
-        return TURN / self.decoder.steps(TURN)
+        return self.decoder.steps(TURN)
+
+    def prefill(self) -> float:
+        return self._timed(self.prompt, self.text.numel())
+
+    def decode(self) -> float:
+        return TURN / self.generate()
 
     def train(self) -> float:
         return self._timed(self.step, 1)
@@ -123,24 +133,25 @@ def native_conf() -> str:
 
 
 class Routes:
-    """The sets of routes as conf files, and the one in force."""
+    """The sets of routes as conf files; `load` puts one in force."""
 
-    def __init__(self, folder: Path):
-        from torch_fl import _C, routing
+    def __init__(self, folder: Path, load):
+        from torch_fl import routing
 
-        self._configure = _C._configure
-        self.paths = {"shipped": str(routing.default_conf(routing.chip()))}
+        self.load = load
+        self.paths = {"shipped": routing.default_conf(routing.chip())}
         self.folder = folder
         self.add("native", native_conf())
+        self.paths["again"] = self.paths["native"]
         self.add("all", "")
 
     def add(self, name: str, text: str) -> None:
         path = self.folder / f"{name}.conf"
         path.write_text(text)
-        self.paths[name] = str(path)
+        self.paths[name] = path
 
     def use(self, name: str) -> None:
-        self._configure(self.paths[name], {})
+        self.load(self.paths[name])
 
 
 def finished_conf(path: Path) -> str:
@@ -154,16 +165,18 @@ def finished_conf(path: Path) -> str:
 
 
 def tune(workload: Workload, routes: Routes, budget: float, clock: str):
-    """The report on one pass over all parts; its conf becomes the set `tuned`."""
+    """The report on one pass over all parts, tried on them; its conf becomes the set `tuned`."""
     import torch_fl
 
+    parts = (workload.prompt, workload.generate, workload.step)
     routes.use("native")
-    with torch_fl.tune(budget=budget, clock=clock, progress=True) as tuning:
-        workload.prefill()
-        workload.decoder.round(min(workload.tokens, 16))
-        workload.step()
-    routes.add("tuned", tuning.report.conf())
-    return tuning.report
+    with torch_fl.tune(budget=budget * (1 - TRIAL), clock=clock, progress=True) as tuning:
+        for part in parts:
+            part()
+    with quiet():
+        report = tuning.trial(*parts, budget=budget * TRIAL)
+    routes.add("tuned", report.conf())
+    return report
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -185,39 +198,35 @@ def quiet():
         gc.unfreeze()
 
 
-def fast(speeds) -> float:
-    """The speed that a quarter of the turns reach. What disturbs a turn makes it slower, never faster: this varies less
-    from run to run than the median does."""
-    return statistics.quantiles(speeds, n=4)[2] if len(speeds) > 3 else max(speeds)
-
-
 def measure(workload: Workload, routes: Routes, part: str, rounds: int, budget: common.Budget) -> dict:
-    """{routes: {ratio to native, ...}} over as many rounds as there is time for."""
+    """{routes: {ratio to native, the bounds of that median with 95 % confidence, ...}} over as many rounds as there is
+    time for."""
+    from torch_fl.tuning import trial
+
     run = getattr(workload, part)
     for name in ROUTES:  # compiles, and records launch plans
         routes.use(name)
         for _ in range(3):
             run()
     speeds: dict[str, list] = {name: [] for name in ROUTES}
-    native = speeds["native"]
-    while len(native) < rounds and (budget.left() > 0 or not native):
-        shift = len(native) % len(ROUTES)
-        for name in ROUTES[shift:] + ROUTES[:shift]:
+    order, shuffle = list(ROUTES), random.Random(0).shuffle
+    while len(speeds["native"]) < rounds and (budget.left() > 0 or not speeds["native"]):
+        shuffle(order)
+        for name in order:
             routes.use(name)
             speeds[name].append(run())
     result = {}
     for name, own in speeds.items():
-        pairs = list(zip(native, own, strict=True))
-        result[name] = {**common.ratio(pairs), "ratio_fast": round(fast(own) / fast(native), 4)}
-    middle = statistics.median(native)
-    result["native"]["spread"] = round(max(abs(speed / middle - 1) for speed in native), 4)
+        pairs = list(zip(speeds["native"], own, strict=True))
+        median = trial.speed(mine / native for native, mine in pairs)
+        result[name] = {**common.ratio(pairs), "median_low": round(median.low, 4), "median_high": round(median.high, 4)}
     return result
 
 
 def verify(workload: Workload, routes: Routes, steps: int) -> dict:
     """Whether tokens and losses under each set of routes are as good as native's."""
     found = {}
-    for name in ROUTES:
+    for name in (name for name in ROUTES if name != "again"):
         routes.use(name)
         losses = workload.losses(steps)
         workload.restart()
@@ -241,11 +250,12 @@ def judge(one: dict, native: dict, margin: float) -> dict:
 
 
 def show(data: dict) -> None:
-    print(f"{'part':<8} {'routes':<8} {'ratio':>7} {'low':>7} {'high':>7} {'pairs':>6}   (above 1: faster than native)")
+    print(f"{'part':<8} {'routes':<8} {'ratio':>7}   {'its 95 % interval':<18} {'pairs':>5}  (above 1: faster)")
     for part, rows in data["parts"].items():
         for name in ROUTES[1:]:
             r = rows[name]
-            print(f"{part:<8} {name:<8} {r['ratio']:>7} {r['ratio_low']:>7} {r['ratio_high']:>7} {r['pairs']:>6}")
+            interval = f"{r['median_low']} to {r['median_high']}"
+            print(f"{part:<8} {name:<8} {r['ratio']:>7}   {interval:<18} {r['pairs']:>5}")
     for name, verdict in data.get("verify", {}).items():
         print(
             f"{name:<8} tokens {'plausible' if verdict['tokens_plausible'] else 'WRONG'} (margin "
@@ -259,7 +269,7 @@ def main(argv=None) -> int:
     parser.add_argument("--size", choices=SHAPES, default="full")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for everything")
-    parser.add_argument("--tune-budget", type=float, help="seconds for the tuner (a third of the limit)")
+    parser.add_argument("--tune-budget", type=float, help="seconds for the tuner (0.45 of the limit)")
     parser.add_argument("--clock", default="both", help="whose time the tuner looks at: both, host or device")
     parser.add_argument("--conf", help="a tuned conf that is there already, or the tuned.json of an earlier run")
     parser.add_argument("--rounds", type=int, default=200)
@@ -269,6 +279,8 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     budget = common.Budget(options.limit)
     common.load("flagos")
+    from torch_fl import routing
+
     parts = options.parts.split(",")
     data = {
         "what": f"{__doc__.splitlines()[0]} See benchmarks/tuned.py.",
@@ -276,15 +288,18 @@ def main(argv=None) -> int:
         "size": options.size,
         "parts": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        routes = Routes(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, routing.conf_files() as load:
+        routes = Routes(Path(folder), load)
         workload = Workload(options.size, options.tokens)
         if options.conf:
             routes.add("tuned", finished_conf(Path(options.conf)))
         else:
-            report = tune(workload, routes, options.tune_budget or options.limit / 3, options.clock)
+            report = tune(workload, routes, options.tune_budget or 0.45 * options.limit, options.clock)
             print(report)
             data["tuning"] = report.as_dict()
+            plans = ROOT / "benchmarks/results/plans_cuda.json"
+            plans = json.loads(plans.read_text(encoding="utf-8")) if plans.exists() else None
+            routes.add("shipped", make_backends_conf.conf(data, plans))
             if options.out:
                 Path(options.out).mkdir(parents=True, exist_ok=True)
                 report.write(Path(options.out) / "tuned.conf")
@@ -297,7 +312,6 @@ def main(argv=None) -> int:
             with quiet():
                 data["parts"][part] = measure(workload, routes, part, options.rounds, share)
             common.save(options.out, "tuned.json", data)
-        routes.use("shipped")
     show(data)
     good = all(v["tokens_plausible"] and v["losses_within_tolerance"] for v in data.get("verify", {}).values())
     return 0 if good else 1

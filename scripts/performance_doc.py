@@ -155,7 +155,7 @@ def tuned(data) -> list[str]:
             part,
             name,
             f"{row['ratio']:.3f}",
-            f"{row['ratio_fast']:.3f}" if "ratio_fast" in row else "",
+            f"{row['median_low']:.3f} to {row['median_high']:.3f}",
             f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}, {row['pairs']} pairs",
         )
         for part, routes in data["parts"].items()
@@ -168,7 +168,25 @@ def tuned(data) -> list[str]:
         for name, row in data.get("verify", {}).items()
         if name != "native"
     ]
-    return [*rows(("part", "routes", "of native's speed", "of the fastest quarter", "spread"), lines), "", *judged]
+    tuning = data.get("tuning", {})
+    if trial := tuning.get("trial"):
+        tried = [f"{name} " + ", ".join(f"{p['ratio']:.3f}" for p in parts) for name, parts in trial["speeds"].items()]
+        judged.append(
+            f"* tuned took the routes by the clock `{trial['taken']}`, after {trial['rounds']} rounds of the parts "
+            f"under the routes of each: {'; '.join(tried)} of native's speed"
+        )
+    won = [
+        (op, f"{route['host']:.2f}", f"{route['device']:.2f}")
+        for op, route in tuning.get("routes", {}).items()
+        if any("flagos" in line for line in route["lines"])
+    ]
+    table = rows(("operators that tuned gives to FlagGems", "host time of native's", "device time of native's"), won)
+    return [
+        *rows(("part", "routes", "of native's speed", "95 % interval", "single rounds"), lines),
+        "",
+        *judged,
+        *(["", *table] if won else []),
+    ]
 
 
 def plans(data) -> list[str]:
@@ -235,7 +253,6 @@ TABLES = {
     "opdb_flagos_py": (against_native, "scripts/gpu_suite.sh OUTDIR opdb_flaggems"),
     "plans_cuda": (plans, "python benchmarks/plan_sweep.py --json benchmarks/results/plans_cuda.json"),
     "tuned": (tuned, "python benchmarks/tuned.py --out benchmarks/results"),
-    "tuned_again": (tuned, "python benchmarks/tuned.py --out OUTDIR"),
     "tests_cuda": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
     "tests_two_gpus": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
     "hal_cuda": (tests, "scripts/gpu_suite.sh OUTDIR hal"),

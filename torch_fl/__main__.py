@@ -46,13 +46,20 @@ def tune_script(arguments) -> int:
     )  # fmt: skip
     argv, path = sys.argv, sys.path[0]
     sys.argv, sys.path[0] = [arguments.script, *arguments.arguments], os.path.dirname(os.path.abspath(arguments.script))
+
+    def script():
+        try:
+            runpy.run_path(arguments.script, run_name="__main__")
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+
     try:
         with contextlib.redirect_stdout(stdout), tuning:
-            try:
-                runpy.run_path(arguments.script, run_name="__main__")
-            except SystemExit as end:
-                if end.code not in (None, 0):
-                    raise
+            script()
+        if arguments.trial:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                tuning.trial(script, budget=arguments.trial)
     finally:
         sys.argv, sys.path[0] = argv, path
     tuning.report.write(arguments.out)
@@ -77,6 +84,13 @@ def main() -> int:
     tune.add_argument("--out", default="tuned.conf", help="the conf file to write (tuned.conf)")
     tune.add_argument("--budget", type=float, default=120.0, help="seconds for the measurements after the script (120)")
     tune.add_argument("--clock", choices=("both", "host", "device"), default="both", help="whose time counts (both)")
+    tune.add_argument(
+        "--trial",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="then run the script again and again for so long, and keep native routes unless it is faster (0)",
+    )
     tune.add_argument("--memory", type=int, help="bytes for copies of arguments (a quarter of what is free)")
     tune.add_argument("--json", action="store_true", help="the report as JSON on stdout; the script's goes to stderr")
     tune.add_argument("script", help="a Python file that runs the workload once")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch_fl import _C, _env, integration
 
 _chip = ""
+_configured: tuple[str, dict] = ("", {})  # the conf file and FLAGOS_OP_<name> of the start
 _set: dict[str, str] = {}  # set_route()'s routes as they were given
 
 # The backends that run FlagGems kernels.
@@ -56,7 +57,7 @@ def default_conf(chip_name: str) -> Path:
 
 def configure(chip_name: str) -> None:
     """Reads conf file and environment. Called once, at import; raises before anything is applied."""
-    global _chip
+    global _chip, _configured
     conf = _env.get("FLAGOS_BACKEND_CONFIG") or os.fspath(default_conf(chip_name))
     if os.path.isdir(conf):  # which C++ would read as an empty file
         raise ValueError(f"{conf}: is a folder; FLAGOS_BACKEND_CONFIG must name a conf file")
@@ -64,6 +65,7 @@ def configure(chip_name: str) -> None:
     by_operator = {f"FLAGOS_OP_{name}": backend for name, backend in _env.with_prefix("FLAGOS_OP_").items()}
     integration.install(chip_name)
     _C._configure(conf, by_operator)
+    _configured = conf, by_operator
     for op, origin in _C._lines_without_effect():
         warnings.warn(
             f"torch_fl: {origin}: {op!r} has no route on the chip {chip_name}: torch composes it of others; "
@@ -73,6 +75,17 @@ def configure(chip_name: str) -> None:
     _C._set_strict(strict_mode)
     _C._set_log(log)
     _chip = chip_name
+
+
+@contextlib.contextmanager
+def conf_files():
+    """Inside the `with` block the function that it gives puts another conf file in force, in all threads, as if
+    FLAGOS_BACKEND_CONFIG had named it. What set_route() and FLAGOS_OP_<name> say still goes before."""
+    conf, by_operator = _configured
+    try:
+        yield lambda path: _C._configure(os.fspath(path), by_operator)
+    finally:
+        _C._configure(conf, by_operator)
 
 
 def chip() -> str:

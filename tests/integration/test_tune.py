@@ -192,6 +192,56 @@ def test_context_manager(tmp_path):
     assert (tmp_path / "t.conf").exists() and not (tmp_path / "u.conf").exists()
 
 
+def test_the_workload_has_the_last_word(tmp_path):
+    """A trial takes the routes that make it faster, and native ones when none do. Routes are put back."""
+    path = tmp_path / "t.conf"
+    code = f"""
+    import torch, torch_fl
+    from torch_fl.tuning import trial
+    x = torch.ones(200_000, device="flagos")
+    torch_fl.set_route("erfinv", "native")
+    before, calls = torch_fl.routes(), []
+    def part():
+        torch.lgamma(x)
+        calls.append(1)
+    tuning = torch_fl.tune({str(path)!r}, budget=60)
+    for wrong in (lambda: tuning.trial(part), lambda: tuning.trial()):
+        try:
+            wrong()
+        except (RuntimeError, ValueError) as error:
+            print(error)
+        if tuning.report is None:
+            with tuning:
+                part()
+    report = tuning.trial(part, budget=2)
+    assert torch_fl.routes() == before and len(calls) > 20
+    assert report is tuning.report and report.as_dict()["routes"]["lgamma"]["lines"] == ["lgamma = flagos_python"]
+    assert report.trial["taken"] == "both" and report.trial["speeds"]["both"][0]["low"] > 1.5
+    assert type(report).from_dict(report.as_dict()).conf() == report.conf()
+    assert "taken: both" in str(report) and "taken: both" in open({str(path)!r}).read()
+
+    trial.run = lambda parts, names, use, seconds: {{name: [[1.0] * 9 for _ in parts] for name in names}}
+    native = tuning.trial(part, part)
+    assert native.trial["taken"] == "native" and native.gains() == {{"host": 1.0, "device": 1.0}}
+    """
+    out = check_python(code, **ENVIRONMENT).splitlines()
+    assert "nothing to try" in out[0] and "needs the workload" in out[1]
+    assert lines_of(path, "lgamma") == ["lgamma = native"]
+    assert lines_of(path, "lgamma_") == ["lgamma_ = native"], "nobody saw it: autograd may call it when nobody watches"
+    assert "# the workload as a whole gained nothing" in path.read_text()
+
+
+def test_a_script_has_the_last_word(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\nx = torch.ones(200_000, device='flagos')\nprint('ran', torch.lgamma(x).sum().item())\n"
+    )
+    done = command("tune", "--trial", 2, "--out", tmp_path / "t.conf", script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ran 0.0") == 1 and "taken: both" in done.stdout
+    assert lines_of(tmp_path / "t.conf", "lgamma") == ["lgamma = flagos_python"]
+
+
 def test_without_flaggems_there_is_nothing_to_choose(tmp_path):
     out = check_python(
         f"""

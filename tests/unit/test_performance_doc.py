@@ -78,13 +78,15 @@ RESULTS = {
     },
     "tuned": {
         "where": WHERE,
-        "parts": {"train": {"native": RATIO, "tuned": RATIO}},
+        "parts": {"train": {"native": RATIO, "tuned": RATIO | {"median_low": 1.08, "median_high": 1.12}}},
         "verify": {"tuned": {"tokens_plausible": False, "loss_apart": 0.1, "losses_within_tolerance": False}},
-    },
-    "tuned_again": {
-        "where": WHERE,
-        "parts": {"train": {"native": RATIO, "tuned": RATIO}},
-        "verify": {"tuned": {"tokens_plausible": True, "loss_apart": 0.0, "losses_within_tolerance": True}},
+        "tuning": {
+            "trial": {"taken": "host", "rounds": 9, "speeds": {"host": [{"ratio": 1.25}, {"ratio": 1.5}]}},
+            "routes": {
+                "cos": {"lines": ["cos = flagos_python"], "host": 0.7, "device": 0.8},
+                "mm": {"lines": ["mm = native"], "host": 1.0, "device": 1.0},
+            },
+        },
     },
     "tests_cuda": {
         "versions": WHERE,
@@ -121,8 +123,13 @@ SAYS = {
     "opdb_cuda": ("199 | 99.50 | 189 of 190", "6000 of 6052", "on the CPU fallback: 1"),
     "opdb_flagos_py": ("| forward | 200 | 199 | 99.500", "60 of 70", "1 operators by FlagGems"),
     "plans_cuda": ("| refused | 2", "7 of 8", "only with plans: 1"),
-    "tuned": ("| train | tuned | 1.100", "tokens WRONG", "TOO FAR"),
-    "tuned_again": ("| train | tuned | 1.100", "tokens plausible"),
+    "tuned": (
+        "| train | tuned | 1.100 | 1.080 to 1.120 | 1.05 to 1.20, 24 pairs",
+        "tokens WRONG",
+        "TOO FAR",
+        "host 1.250, 1.500 of",
+        "| cos | 0.70 | 0.80 |",
+    ),
     "tests_cuda": ("| 2 | 7 | 1 | 0", "cut off", "b.py::test_b: assert 1 == 2"),
     "tests_two_gpus": ("| 1 | 8 |",),
     "hal_cuda": ("| 1 | 9 |",),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torch_fl.tuning import choose
+from torch_fl.tuning import choose, trial
 from torch_fl.tuning.choose import Row, decide, portable
 from torch_fl.tuning.measure import Clock, noise_of
 
@@ -119,3 +119,36 @@ def test_noise_is_the_spread_of_native_against_itself():
     assert noise_of([1.0] * 9) == 0.02  # never below what clocks resolve
     assert noise_of([1.1, 1 / 1.1, 1.0, 1.05, 1.0]) == pytest.approx(0.1)
     assert noise_of([1.0] * 9 + [3.0]) == 0.02  # one in ten may be an accident
+
+
+def test_a_workload_that_gains_nothing_stays_native():
+    rows = [row(0.1, 0.1)]
+    assert lines(rows, "native") == NATIVE and lines([row(0.1, 0.1, default="cuda")], "native") == []
+    assert "whole" in decide(rows, "native").why
+
+
+@pytest.mark.parametrize(("rounds", "low", "high"), [(6, 1, 6), (9, 2, 8), (25, 8, 18), (100, 40, 61)])
+def test_the_interval_of_a_median(rounds, low, high):
+    """The ranks in tables of the sign test."""
+    found = trial.speed(reversed(range(1, rounds + 1)))
+    assert (found.low, found.high) == (low, high) and found.low <= found.ratio <= found.high
+
+
+def test_the_fastest_set_that_is_slower_in_no_part():
+    def part(ratio, apart=0.05):
+        return trial.Speed(ratio, ratio - apart, ratio + apart)
+
+    fast, mixed, unsure = [part(1.1), part(1.0)], [part(1.5), part(0.9)], [part(1.3, 0.4), part(1.0)]
+    assert trial.pick({"host": fast, "both": [part(1.08), part(1.01)], "device": mixed}) == "host"
+    assert trial.pick({"device": mixed}) == "native", "it takes from one part what it gives to another"
+    assert trial.pick({"both": unsure}) == "native", "nothing is proven"
+    assert trial.pick({"both": [part(1.5), part(0.96)]}) == "native", "slower by more than the noise, if not surely"
+    assert trial.pick({}) == "native"
+
+
+def test_too_few_rounds_say_nothing():
+    def found(rounds):
+        return {"native": [[2.0] * rounds], "host": [[1.0] * rounds]}
+
+    assert trial.speeds(found(trial.LEAST_ROUNDS - 1)) == {}
+    assert trial.speeds(found(trial.LEAST_ROUNDS)) == {"host": [trial.Speed(2.0, 2.0, 2.0)]}

@@ -4,15 +4,18 @@ import importlib.metadata
 import json
 import platform
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from torch_fl import flagos, integration, routing
-from torch_fl.tuning import choose, measure
+from torch_fl.tuning import choose, measure, trial
 from torch_fl.tuning.choose import Row
-from torch_fl.tuning.observe import Group, Observer
+from torch_fl.tuning.observe import Group, Observer, choice
 
 _NEVER = f"numel>={2**62}"  # a condition that no call meets
 
@@ -59,6 +62,21 @@ class tune:
             self.report.write(self.out)
         return self.report
 
+    def trial(self, *parts: Callable[[], object], budget: float = 60.0) -> "Tuned":
+        """Lets the workload itself have the last word, after the block: runs the parts, functions without arguments, in
+        turns under native routes and under those that each clock would choose, for `budget` seconds. Taken is the set
+        that is faster in some part and slower in none (trial.pick); native, when no set is. What a part does, it does
+        each time: steps of an optimizer go on. Replaces `report` and the file."""
+        if self.report is None:
+            raise RuntimeError("torch_fl: tune: trial() has nothing to try: it comes after the block that was measured")
+        if not parts:
+            raise ValueError("torch_fl: tune: trial() needs the workload: one function for each of its parts")
+        clocks = choose.CLOCKS if self.clock == "both" else (self.clock,)
+        self.report = _try_out(self.report, clocks, list(parts), budget, self._say)
+        if self.out is not None:
+            self.report.write(self.out)
+        return self.report
+
     def _say(self, text: str) -> None:
         if self.progress:
             print(f"tune: {text}", file=sys.stderr, flush=True)
@@ -81,7 +99,9 @@ def _measure_all(observer: Observer, budget: float, clock: str, say) -> "Tuned":
         torch.set_rng_state(random[0])
         if random[1] is not None:
             flagos.set_rng_state_all(random[1])
-    return Tuned(where(), clock, list(rows.values()), observer.left_out, time.monotonic() - start)
+    seen = {group.op for group in groups} | set(observer.left_out)
+    unseen = [op for op in routing.get_registered_ops() if op not in seen and choice(op)]
+    return Tuned(where(), clock, list(rows.values()), observer.left_out, unseen, time.monotonic() - start)
 
 
 def _host_times(observer: Observer) -> dict[str, float]:
@@ -187,6 +207,30 @@ def _passing(groups: list[Group], rows: dict[int, Row], clock: str, end: float, 
             )
 
 
+# ---- trying --------------------------------------------------------------------------------------------------------
+
+
+def _try_out(report: "Tuned", clocks, parts: list[Callable], budget: float, say) -> "Tuned":
+    sets: dict[str, Tuned] = {}
+    for clock in (measure.NATIVE, *clocks):
+        one = report.by(clock)
+        if all(one.routes() != other.routes() for other in sets.values()):
+            sets[clock] = one
+    with tempfile.TemporaryDirectory() as folder, routing.conf_files() as use:
+        for clock, one in sets.items():
+            one.write(Path(folder, clock))
+        found = trial.run(parts, list(sets), lambda clock: use(Path(folder, clock)), budget)
+    speeds = trial.speeds(found)
+    taken = trial.pick(speeds)
+    rounds = len(found[taken][0])
+    for clock, own in speeds.items():
+        say(f"{clock}: " + "; ".join(f"part {n} {s.ratio:.3f} of native's speed" for n, s in enumerate(own, 1)))
+    if not speeds:
+        say(f"{rounds} rounds in {budget:g} s are too few to tell routes apart; native routes stay")
+    data = {name: [asdict(s) for s in own] for name, own in speeds.items()}
+    return report.by(taken, {"taken": taken, "rounds": rounds, "seconds": budget, "speeds": data})
+
+
 def _device_lost(sample, error):
     return RuntimeError(
         f"flagos: tune: the device failed while {sample.words} was measured, and this process cannot go on: "
@@ -226,12 +270,30 @@ def where() -> dict:
 class Tuned:
     """The outcome of tune(): prints as a table; `write()` makes the conf, `as_dict()` what --json prints."""
 
-    def __init__(self, where: dict, clock: str, rows: list[Row], left_out: dict[str, str], seconds: float):
-        self.where, self.clock, self.rows, self.left_out, self.seconds = where, clock, rows, left_out, seconds
+    def __init__(
+        self,
+        where: dict,
+        clock: str,
+        rows: list[Row],
+        left_out: dict[str, str],
+        unseen: list[str],
+        seconds: float,
+        trial: dict | None = None,
+    ):
+        self.where, self.clock, self.rows, self.seconds = where, clock, rows, seconds
+        self.left_out, self.unseen = left_out, unseen  # operators: called and not measured, not called
+        self.trial = trial  # what the workload's runs under each set of routes came to
         by_op: dict[str, list[Row]] = {}
         for row in rows:
             by_op.setdefault(row.op, []).append(row)
         self.decisions = {op: choose.decide(mine, clock) for op, mine in sorted(by_op.items())}
+
+    def by(self, clock: str, trial: dict | None = None) -> "Tuned":
+        """What another clock, or "native", makes of the same measurements."""
+        return Tuned(self.where, clock, self.rows, self.left_out, self.unseen, self.seconds, trial)
+
+    def routes(self) -> dict[str, list]:
+        return {op: decision.lines for op, decision in self.decisions.items()}
 
     def as_dict(self) -> dict:
         decisions = {
@@ -243,8 +305,10 @@ class Tuned:
             "clock": self.clock,
             "seconds": self.seconds,
             "gains": self.gains(),
+            "trial": self.trial,
             "routes": decisions,
             "left_out": self.left_out,
+            "unseen": self.unseen,
             "rows": [row.as_dict() for row in self.rows],
         }
 
@@ -252,7 +316,8 @@ class Tuned:
     def from_dict(cls, data: dict) -> "Tuned":
         """What as_dict() told of; the decisions are made anew from the measurements."""
         rows = [Row.from_dict(row) for row in data["rows"]]
-        return cls(data["where"], data["clock"], rows, data["left_out"], data["seconds"])
+        names = ("left_out", "unseen", "seconds", "trial")
+        return cls(data["where"], data["clock"], rows, *(data[name] for name in names))
 
     def gains(self) -> dict[str, float]:
         """Time of all measured calls with the chosen routes relative to native, on each clock; 1 without calls."""
@@ -274,6 +339,7 @@ class Tuned:
             f"# Measured on {self.where['device']} (chip {self.where['chip']}), {versions}.",
             "# They hold for that device and those versions. Below an operator: calls in the workload, microseconds of",
             "# one native call, then each backend's time relative to it +- the spread of native against itself.",
+            *(f"# {line}" for line in self._trial_lines()),
         ]
         for op, decision in self.decisions.items():
             lines += ["", *(_line(op, *line) for line in decision.lines)]
@@ -286,7 +352,20 @@ class Tuned:
         if routed:
             lines += ["", "# Called, and not measured: they stay native."]
             lines += [f"{_line(op, 'native', ''):<44} # {self.left_out[op]}" for op in sorted(routed)]
+        if self.unseen:  # autograd calls some only when nobody watches: `add_` where an observer sees `add`
+            lines += ["", "# Not called while tune was watching: nobody has timed another kernel for them."]
+            lines += [_line(op, "native", "") for op in sorted(self.unseen)]
         return "\n".join(lines) + "\n"
+
+    def _trial_lines(self):
+        if not self.trial:
+            return
+        tried = self.trial
+        yield f"tried on the workload, {tried['rounds']} rounds; taken: {tried['taken']}; of native's speed, by the"
+        yield "clock that chose the routes, with the interval of the median (95 %):"
+        for clock, parts in tried["speeds"].items():
+            words = [f"part {n} {p['ratio']:.3f} ({p['low']:.3f} to {p['high']:.3f})" for n, p in enumerate(parts, 1)]
+            yield f"  {clock}: " + ", ".join(words)
 
     def write(self, path: str | Path) -> None:
         Path(path).write_text(self.conf(), encoding="utf-8")
@@ -302,6 +381,7 @@ class Tuned:
         lines += [f"{op:<34} {'native, not measured':<40} {why}" for op, why in sorted(self.left_out.items())]
         gains = self.gains()
         lines.append(f"all measured calls: device {gains['device']:.3f}, host {gains['host']:.3f} of native's time")
+        lines += self._trial_lines()
         return "\n".join(lines)
 
     def json(self) -> str:

@@ -2,12 +2,13 @@
 
 A backend wins a group of calls (operator, dtype, size class) when its gain is beyond the noise on one clock and it is
 not slower beyond the noise on the other: whether a program waits for the host or for the device depends on what else it
-does. With clock="host" or "device" only that one counts.
+does. With clock="host" or "device" only that one counts. With clock="native" nothing wins: what trial() finds when the
+workload as a whole gains nothing.
 """
 
 from dataclasses import asdict, dataclass, field
 
-from torch_fl.tuning.measure import LEAST_NOISE, Clock
+from torch_fl.tuning.measure import LEAST_NOISE, NATIVE, Clock
 
 CLOCKS = ("both", "host", "device")
 
@@ -134,8 +135,8 @@ def decide(rows: list[Row], clock: str) -> Decision:
     op, native, default = rows[0].op, rows[0].native, rows[0].default
     measured = [row for row in rows if not row.why]
     keep = Decision(op, [("native", "")] if default != native else [])
-    if not measured:
-        keep.why = rows[0].why
+    if not measured or clock == NATIVE:
+        keep.why = "the workload as a whole gained nothing" if measured else rows[0].why
         return keep
     won = winners(rows, clock)
     options = []
