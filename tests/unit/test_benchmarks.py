@@ -192,7 +192,10 @@ def test_tokens_and_losses_of_a_set_of_routes_are_judged():
     assert not wrong["tokens_plausible"] and not wrong["tokens_equal"]
 
 
-def tuned_result(ratio=1.02, plausible=True, default="flagos_python"):
+def tuned_result(ratio=1.02, plausible=True, default="flagos_python", shipped=1.02):
+    def part(ratio):
+        return {"ratio": ratio, "median_low": ratio - 0.01, "median_high": ratio + 0.01}
+
     def row(op, ratio):
         clocks = {"flagos_python": [{"ratio": ratio, "noise": 0.02}] * 2}
         values = {"native": "cuda", "default": default, "host": 1e-5, "device": 1e-5, "clocks": clocks, "refused": {}}
@@ -206,7 +209,7 @@ def tuned_result(ratio=1.02, plausible=True, default="flagos_python"):
             "rows": [row("silu", 0.5), row("mm", 2.0)],
         },
         "verify": {"tuned": {"tokens_plausible": plausible, "losses_within_tolerance": True}},
-        "parts": {"prefill": {"tuned": {"ratio": ratio, "median_low": ratio - 0.01, "median_high": ratio + 0.01}}},
+        "parts": {"prefill": {"tuned": part(ratio), "shipped": part(shipped)}},
     }
 
 
@@ -215,6 +218,13 @@ def test_the_shipped_conf_is_made_of_a_measurement():
     routes = [line for line in lines if not line.startswith("#") and line]
     assert routes == ["mm = native", "mm.out = native", "normal_ = native"]
     assert "#   silu" in lines and any("Some GPU" in line for line in lines) and any("1.02" in line for line in lines)
+
+
+def test_without_a_gain_in_the_benchmark_the_shipped_conf_is_native():
+    lines = make_backends_conf.conf(tuned_result(shipped=1.005)).splitlines()
+    assert {"silu = native", "silu_ = native"} <= set(lines) and any("was no faster" in line for line in lines)
+    candidate = make_backends_conf.conf(tuned_result() | {"parts": {}}).splitlines()  # what the benchmark is to time
+    assert "silu = native" not in candidate
 
 
 def test_an_operator_stays_native_of_which_calls_were_not_measured_or_have_no_plan():
