@@ -89,7 +89,8 @@ def main() -> int:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="then run the script again and again for so long, and keep native routes unless it is faster (0)",
+        help="then run the script under several sets of routes, twice each and in turns for so long; native routes "
+        "stay unless others are faster (0)",
     )
     tune.add_argument("--memory", type=int, help="bytes for copies of arguments (a quarter of what is free)")
     tune.add_argument("--json", action="store_true", help="the report as JSON on stdout; the script's goes to stderr")

@@ -63,10 +63,11 @@ class tune:
         return self.report
 
     def trial(self, *parts: Callable[[], object], budget: float = 60.0) -> "Tuned":
-        """Lets the workload itself have the last word, after the block: runs the parts, functions without arguments, in
-        turns under native routes and under those that each clock would choose, for `budget` seconds. Taken is the set
-        that is faster in some part and slower in none (trial.pick); native, when no set is. What a part does, it does
-        each time: steps of an optimizer go on. Replaces `report` and the file."""
+        """Lets the workload itself have the last word, after the block: runs the parts, functions without
+        arguments, in turns under native routes and under those that each clock would choose, for `budget`
+        seconds after two runs under each. Taken is the set that is faster in some part and slower in none
+        (trial.pick); native, when no set is. What a part does, it does each time: steps of an optimizer go on.
+        Replaces `report` and the file."""
         if self.report is None:
             raise RuntimeError("torch_fl: tune: trial() has nothing to try: it comes after the block that was measured")
         if not parts:

@@ -2,8 +2,8 @@
 
 A backend wins a group of calls (operator, dtype, size class) when its gain is beyond the noise on one clock and it is
 not slower beyond the noise on the other: whether a program waits for the host or for the device depends on what else it
-does. With clock="host" or "device" only that one counts. With clock="native" nothing wins: what trial() finds when the
-workload as a whole gains nothing.
+does. With clock="host" or "device" only that one counts. With clock="native" nothing wins: what remains when a
+trial of the workload shows no gain.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -136,7 +136,7 @@ def decide(rows: list[Row], clock: str) -> Decision:
     measured = [row for row in rows if not row.why]
     keep = Decision(op, [("native", "")] if default != native else [])
     if not measured or clock == NATIVE:
-        keep.why = "the workload as a whole gained nothing" if measured else rows[0].why
+        keep.why = "a trial of the workload showed no gain" if measured else rows[0].why
         return keep
     won = winners(rows, clock)
     options = []
