@@ -4,7 +4,8 @@
     python benchmarks/tuned.py --out benchmarks/results --limit 900     # on a GPU with flag_gems installed
     python benchmarks/tuned.py --size small --limit 120 --out FOLDER    # tries it on a machine without one
     python -m tests.common.null_cuda python benchmarks/tuned.py --conf benchmarks/results/tuned.json --steps 0
-                  # host time alone: the null CUDA's kernels take no time, and compute nothing that could be verified
+                  # host time alone: the null CUDA's kernels take no time, and compute nothing that could be verified.
+                  # Its memset does: where FlagGems' kernels fill memory, training looks faster than it is
 
 Routes: `native` (no FlagGems), `again` (the same once more: what noise makes of equal routes), `shipped` (what
 scripts/make_backends_conf.py makes of the tuner's measurements; with --conf the chip's conf in torch_fl/), `all` (no
