@@ -200,8 +200,7 @@ flagos_status fill_async(int32_t device, void* dst, int32_t byte_value, uint64_t
   return FLAGOS_OK;
 }
 
-// ---- streams: NULL is the device's default stream
-// ---------------------------------------------------------------------
+// ---- streams: NULL is the device's default stream -----------------------------------------------------------------
 
 flagos_status stream_create(int32_t device, int32_t, flagos_stream* stream) {
   CHECK(stream_create, device);

@@ -101,8 +101,7 @@ PythonKernel& kernel_of(const c10::OperatorHandle& op) {
   return *mine.kernel;
 }
 
-// ---- limits
-// -------------------------------------------------------------------------------------------------------------
+// ---- limits -------------------------------------------------------------------------------------------------------
 
 // Numbers that torch wrapped into tensors are left alone: FlagGems' functions take them as numbers.
 template <class Each>
@@ -174,8 +173,7 @@ bool within(const Limits& limits, const c10::OperatorHandle& op, const torch::ji
   return good && !(limits.several && one);
 }
 
-// ---- calling Python
-// -----------------------------------------------------------------------------------------------------
+// ---- calling Python -----------------------------------------------------------------------------------------------
 
 py::object to_python(c10::IValue value, const c10::Argument& argument) {
   if (value.isInt()) {  // the schema knows which integers stand for something else
@@ -346,8 +344,7 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
   call_python(kernel, op, stack, function, nullptr);
 }
 
-// ---- the backend
-// --------------------------------------------------------------------------------------------------------
+// ---- the backend --------------------------------------------------------------------------------------------------
 
 bool available(std::string& why) {
   why = unavailable();
@@ -369,8 +366,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
 
 FLAGOS_BACKEND(flagos_python, {kName, 10, &available, &kernel});
 
-// ---- the table, from Python
-// ---------------------------------------------------------------------------------------------
+// ---- the table, from Python ---------------------------------------------------------------------------------------
 
 // One bit for each of the named arguments of an operator.
 uint64_t positions(const std::string& op, const std::vector<std::string>& names) {

@@ -220,6 +220,11 @@ def test_the_workload_has_the_last_word(tmp_path):
     assert type(report).from_dict(report.as_dict()).conf() == report.conf()
     assert "taken: both" in str(report) and "taken: both" in open({str(path)!r}).read()
 
+    try:
+        tuning.trial(part, lambda: 1 / 0, budget=1)
+    except ZeroDivisionError:
+        assert tuning.report is report and torch_fl.routes() == before
+
     trial.run = lambda parts, names, use, seconds: {{name: [[1.0] * 9 for _ in parts] for name in names}}
     native = tuning.trial(part, part)
     assert native.trial["taken"] == "native" and native.gains() == {{"host": 1.0, "device": 1.0}}

@@ -55,8 +55,7 @@ std::string env_error(const std::string& name, const std::string& value) {
   return error_of([&] { parse_env({{name, value}}, kOps); });
 }
 
-// ---- the conf file
-// ------------------------------------------------------------------------------------------------------
+// ---- the conf file ------------------------------------------------------------------------------------------------
 
 void valid_lines() {
   const auto lines = conf("# first\n\n  mm=cpu   # trailing\r\nadd.Tensor =\tflaggems\n_softmax = flaggems_python");
@@ -130,8 +129,7 @@ void errors_are_one_printable_line() {
   CHECK(text.size() < 400 && std::all_of(text.begin(), text.end(), [](char c) { return c >= 32 && c < 127; }));
 }
 
-// ---- the environment
-// ----------------------------------------------------------------------------------------------------
+// ---- the environment ----------------------------------------------------------------------------------------------
 
 void environment() {
   const auto lines = parse_env({{"FLAGOS_OP_mm__out", "cuda"},
@@ -164,8 +162,7 @@ void canonical_names() {
     CHECK(canonical_backend(name).empty(), "%s", name);
 }
 
-// ---- resolution
-// ---------------------------------------------------------------------------------------------------------
+// ---- resolution ---------------------------------------------------------------------------------------------------
 
 const std::vector<Candidate> kCandidates{{"flagos", false, false, "no library"},
                                          {"flagos_python", true, true, "unproven"},
@@ -204,8 +201,7 @@ void a_wish_is_met_or_fails() {
   CHECK(has(wished("cuda", {}).error, "available for mm: none"));
 }
 
-// ---- the fuzzer
-// ---------------------------------------------------------------------------------------------------------
+// ---- the fuzzer ---------------------------------------------------------------------------------------------------
 
 class Fuzzer {
  public:
