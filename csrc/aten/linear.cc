@@ -3,9 +3,10 @@
 //
 // The layers of a transformer spend more of the host's time in the others than in mm itself. The same mm or addmm is
 // called with the same sizes and strides, forward and backward, so that results are those of the composition bit for
-// bit. Whatever is not plain (other strides, forward-mode derivatives, a transform or mode that watches operators,
-// another kernel for mm, a profiler, a backward pass that is to be differentiated) takes the composition.
+// bit, whichever backend serves it. Whatever is not plain (other strides, forward-mode derivatives, a transform or mode
+// that watches operators, a profiler, a backward pass that is to be differentiated) takes the composition.
 #include <ATen/ATen.h>
+#include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/linear_native.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -27,12 +28,9 @@ using Addmm = at::_ops::addmm;
 
 // ---- what is plain -------------------------------------------------------------------------------------------------
 
-// The operator is torch's own kernel here, and nobody watches single operators.
-template <class Op>
-bool is_native() {
-  const Slot& slot = Route<Op>::slot;
-  void* const kernel = slot.fast.load(std::memory_order_relaxed);
-  return kernel != nullptr && kernel == slot.relabel && !at::hasCallbacks() &&
+// Nobody looks at the operators that a layer is made of.
+bool unwatched() {
+  return !at::hasCallbacks() &&
          (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
 }
 
@@ -62,8 +60,8 @@ bool plain_layer(const Tensor& input, const Tensor& weight, const Tensor* bias) 
       autograd::isFwGradDefined(input) || autograd::isFwGradDefined(weight)) {
     return false;
   }
-  if (!bias) return is_native<Mm>();
-  return is_native<Addmm>() && bias->dim() == 1 && bias->size(0) == weight.size(0) && together(weight, *bias) &&
+  if (!bias) return unwatched();
+  return unwatched() && bias->dim() == 1 && bias->size(0) == weight.size(0) && together(weight, *bias) &&
          !autograd::isFwGradDefined(*bias);
 }
 
@@ -94,21 +92,47 @@ struct OnMatrices {
   }
 };
 
-// a @ b under the given sizes.
-template <bool turn_a, bool turn_b>
-Tensor multiply(const Tensor& a, const Tensor& b, at::IntArrayRef sizes) {
-  remember_op(Route<Mm>::slot.name);
-  Tensor product = Relabel<Mm, OnMatrices<Mm, turn_a, turn_b>>::call(a, b);
+// The operator is torch's own kernel here, which then works on the aliases directly.
+template <class Op>
+bool is_native() {
+  const Slot& slot = Route<Op>::slot;
+  void* const kernel = slot.fast.load(std::memory_order_relaxed);
+  return C10_LIKELY(kernel != nullptr && kernel == slot.relabel);
+}
+
+// The matrix of a tensor's last dimension and all others, for any other kernel.
+Tensor matrix_of(const Tensor& t, bool turn) {
+  const auto columns = t.size(-1), rows = t.numel() / columns;
+  if (turn) return at::native::as_strided_tensorimpl(t, {columns, rows}, {1, columns});
+  return at::native::as_strided_tensorimpl(t, {rows, columns}, {columns, 1});
+}
+
+// A kernel's new result under other sizes.
+Tensor under(Tensor product, at::IntArrayRef sizes) {
+  if (C10_UNLIKELY(!product.is_contiguous())) return product.reshape(sizes);
   product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return product;
 }
 
+// a @ b under the given sizes.
+template <bool turn_a, bool turn_b>
+Tensor multiply(const Tensor& a, const Tensor& b, at::IntArrayRef sizes) {
+  if (is_native<Mm>()) {
+    remember_op(Route<Mm>::slot.name);
+    return under(Relabel<Mm, OnMatrices<Mm, turn_a, turn_b>>::call(a, b), sizes);
+  }
+  const BelowAutograd below;
+  return under(Route<Mm>::call(matrix_of(a, turn_a), matrix_of(b, turn_b)), sizes);
+}
+
 // bias + a @ b.t() likewise.
 Tensor multiply_add(const Tensor& bias, const Tensor& a, const Tensor& b, at::IntArrayRef sizes) {
-  remember_op(Route<Addmm>::slot.name);
-  Tensor product = Relabel<Addmm, OnMatrices<Addmm, false, true>>::call(bias, a, b, /*beta=*/1, /*alpha=*/1);
-  product.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-  return product;
+  if (is_native<Addmm>()) {
+    remember_op(Route<Addmm>::slot.name);
+    return under(Relabel<Addmm, OnMatrices<Addmm, false, true>>::call(bias, a, b, /*beta=*/1, /*alpha=*/1), sizes);
+  }
+  const BelowAutograd below;
+  return under(Route<Addmm>::call(bias, matrix_of(a, false), matrix_of(b, true), /*beta=*/1, /*alpha=*/1), sizes);
 }
 
 // ---- autograd ------------------------------------------------------------------------------------------------------
@@ -128,7 +152,7 @@ class LinearBackward final : public autograd::Node {
     if (!gradients[0].defined()) return results;
     // What is not plain is perhaps copied here, once for all.
     const Tensor gradient = plain(gradients[0]) ? std::move(gradients[0]) : matrix(gradients[0]);
-    const bool watched = at::GradMode::is_enabled() || !is_native<Mm>();
+    const bool watched = at::GradMode::is_enabled() || !unwatched();
     // In the order of torch's formulas, which for mm is another one than for addmm.
     if (of_addmm_) results[0] = for_input(gradient, watched);
     results[1] = for_weight(gradient, watched);

@@ -145,11 +145,19 @@ def test_modes_and_routes_see_mm(device):
     with Watch() as watch:
         assert not taken(F.linear(x, w)) and not taken(F.linear(x, w, w[:, 0].detach().clone()))
     assert {"aten.mm.default", "aten.addmm.default"} <= set(watch.seen)
-    with torch_fl.route({"mm": "cpu"}):
-        routed = F.linear(x, w)
-        assert not taken(routed) and torch.allclose(routed, plain)
-        g = torch.autograd.grad(plain.sum(), (x, w))  # recorded before, and honours the route now
-    assert [t.shape for t in g] == [x.shape, w.shape]
+    expected = torch.autograd.grad(plain.sum(), (x, w), retain_graph=True)
+    bias = make((4,), device, torch.float32, 2)
+    try:
+        torch_fl.set_route("mm", "cpu")  # for all threads: backward has one of its own
+        with torch_fl.route({"addmm": "cpu"}), torch_fl.count_ops() as counts:
+            routed = F.linear(x, w)
+            assert taken(routed) and torch.allclose(routed, plain)
+            assert torch.allclose(F.linear(x, w, bias), plain + bias)
+            g = torch.autograd.grad(plain.sum(), (x, w))  # recorded before, and honours the route now
+    finally:
+        torch_fl.set_route("mm", None)
+    assert all(torch.allclose(a, b) for a, b in zip(g, expected, strict=True))
+    assert {("mm", "cpu", 3), ("addmm", "cpu", 1)} <= set(counts.rows())
     with torch.profiler.profile() as profile:
         F.linear(x, w)
     assert "aten::mm" in {event.name for event in profile.events()}
