@@ -37,12 +37,16 @@ struct Slot;
 using BoxedFunction = void(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*);
 // Who serves a call instead of a boxed kernel that is not for every call; nullptr when it does itself.
 using InsteadFunction = const Decision*(const c10::OperatorHandle&, const torch::jit::Stack&);
+// Serves a call with arguments that are lent (LentArguments); false when it takes owned ones to do so. Results that are
+// written arguments may be left out (None): the typed caller has them.
+using LentFunction = bool(const c10::OperatorHandle&, const torch::jit::Stack& arguments, torch::jit::Stack& results);
 struct Kernel {
   void* typed = nullptr;
   BoxedFunction* boxed = nullptr;
   bool by_name_only = false;           // not by default: nobody has proven it right
   bool composed = false;               // torch's composition: the operators it calls are what is logged and counted
   InsteadFunction* instead = nullptr;  // to be asked before each call of `boxed`
+  LentFunction* lent = nullptr;        // to be tried before it
   explicit operator bool() const { return typed || boxed; }
 };
 
@@ -143,10 +147,15 @@ struct Route<Op, R(A...)> {
     }
     if constexpr (c10::impl::can_box_all<A...>::value && Unbox<R, A...>::possible) {
       if (decision->kernel.instead) {  // so that another's kernel gets the arguments as they are
-        auto stack = c10::impl::boxArgs<A...>(a...);
-        const auto* other = decision->kernel.instead(*slot.op, stack);
+        const LentArguments lent(a...);
+        const auto& kernel = decision->kernel;
+        const auto* other = kernel.instead(*slot.op, lent.stack());
         if (!other) {
-          decision->kernel.boxed(*slot.op, c10::DispatchKeySet(), &stack);
+          torch::jit::Stack stack;
+          if (!kernel.lent || !kernel.lent(*slot.op, lent.stack(), stack)) {
+            stack = c10::impl::boxArgs<A...>(a...);
+            kernel.boxed(*slot.op, c10::DispatchKeySet(), &stack);
+          }
           return Unbox<R, A...>::take(stack, a...);
         }
         decision = other;

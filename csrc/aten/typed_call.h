@@ -35,6 +35,42 @@ inline void glance(Glance& g, const at::ITensorListRef& list) {
 template <class T>
 void glance(Glance&, const T&) {}  // no tensor
 
+// A call's arguments on a stack, without references of their own: to count a second one to a tensor that Python knows,
+// torch takes the interpreter's lock. Whoever sees them keeps and changes nothing.
+class LentArguments {
+ public:
+  template <class... A>
+  explicit LentArguments(const A&... a) : LentArguments() {  // if boxing throws, what is lent is released
+    stack_.reserve(sizeof...(A));
+    (push(a), ...);
+  }
+  LentArguments(const LentArguments&) = delete;
+  LentArguments& operator=(const LentArguments&) = delete;
+  ~LentArguments() {
+    for (auto& value : stack_) {
+      if (value.isTensor()) std::move(value).toTensor().unsafeReleaseTensorImpl();
+    }
+  }
+  const torch::jit::Stack& stack() const { return stack_; }
+
+ private:
+  LentArguments() = default;
+  void push(const at::Tensor& t) {
+    using Pointer = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+    stack_.emplace_back(at::Tensor(Pointer::reclaim(t.unsafeGetTensorImpl())));
+  }
+  void push(const std::optional<at::Tensor>& t) {
+    if (t) return push(*t);
+    stack_.emplace_back();
+  }
+  template <class T>
+  void push(const T& value) {
+    torch::jit::push(stack_, value);
+  }
+
+  torch::jit::Stack stack_;
+};
+
 // The arguments that a call writes, as the typed signature shows them.
 template <class A>
 auto written(A& a) {

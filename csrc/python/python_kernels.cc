@@ -88,8 +88,12 @@ PythonKernel& kernel_of(const c10::OperatorHandle& op) {
     PythonKernel* kernel = nullptr;
   };
   thread_local std::unordered_map<const void*, Known> known;
+  thread_local const void* last = nullptr;  // one call asks several times
+  thread_local Known* last_known = nullptr;
   auto& c = catalogue();
-  auto& mine = known[&op.operator_name()];
+  const void* const identity = &op.operator_name();
+  if (last != identity) last_known = &known[identity], last = identity;
+  auto& mine = *last_known;
   const auto edition = c.edition.load(std::memory_order_acquire);
   if (C10_LIKELY(mine.edition == edition)) return *mine.kernel;
   const auto name = plain_name(op.operator_name());
@@ -344,6 +348,15 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
   call_python(kernel, op, stack, function, nullptr);
 }
 
+// A call whose plan is there needs neither Python nor references to its arguments.
+bool run_lent(const c10::OperatorHandle& op, const torch::jit::Stack& arguments, torch::jit::Stack& results) {
+  auto& kernel = kernel_of(op);
+  if (!plans_on() || !kernel.function.load(std::memory_order_acquire)) return false;
+  if (kernel.verdict == Verdict::wrong && !kernel.warned.load()) return false;
+  const Running mark(&kernel);
+  return replay_lent(kernel.plans, op, arguments, results, [&] { log_dispatch(kernel.name, kName); });
+}
+
 // ---- the backend --------------------------------------------------------------------------------------------------
 
 bool available(std::string& why) {
@@ -361,7 +374,7 @@ Kernel kernel(const Slot& slot, std::string& why) {
   }
   why = found->second->why;
   if (found->second->verdict == Verdict::unusable) return {};
-  return Kernel{nullptr, &run, found->second->verdict != Verdict::right, false, &instead};
+  return Kernel{nullptr, &run, found->second->verdict != Verdict::right, false, &instead, &run_lent};
 }
 
 FLAGOS_BACKEND(flagos_python, {kName, 10, &available, &kernel});

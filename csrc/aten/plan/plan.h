@@ -85,10 +85,10 @@ struct Plan {
   std::vector<int> allocate_last;  // outputs that no step uses
   std::vector<PlanOutput> outputs;
 
-  // Replaces the call's arguments on the stack by its results. Needs no GIL. When it throws before it has launched
-  // anything, the arguments are still there.
-  void replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors,
-              const PlanKey& key) const;
+  // Runs the call whose arguments lie on the stack, and adds its results to `results`: for those that are written
+  // arguments None, unless they are wanted. Needs no GIL.
+  void replay(const c10::OperatorHandle& op, const torch::jit::Stack& stack, const CallTensors& tensors,
+              const PlanKey& key, torch::jit::Stack& results, bool written_too) const;
 };
 
 // One plan for calls that differ in the values of some numbers alone, from the plans of two such calls. Null when they

@@ -76,6 +76,16 @@ std::string difference(const at::Tensor& replayed, const at::Tensor& expected, c
   return c10::str(what, " differs in ", wrong, " of ", a.nbytes(), " bytes, first in element ", at / a.itemsize());
 }
 
+// Replaces the arguments on the stack by the results. When it throws before it has launched anything, they are still
+// there.
+void replay(const Plan& plan, const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors,
+            const PlanKey& key) {
+  torch::jit::Stack results;
+  plan.replay(op, *stack, tensors, key, results, /*written_too=*/true);
+  torch::jit::drop(*stack, op.schema().arguments().size());
+  for (auto& result : results) stack->push_back(std::move(result));
+}
+
 // Replays on the real arguments, puts back what that has written, runs the call in Python, and compares. The caller
 // gets the Python call's results.
 void verify(PlanTable& table, const PlanKey& key, const Plan& plan, const c10::OperatorHandle& op,
@@ -87,7 +97,7 @@ void verify(PlanTable& table, const PlanKey& key, const Plan& plan, const c10::O
   {
     const BelowAutograd below;
     before = copies(written);
-    plan.replay(op, &replayed, tensors, key);
+    replay(plan, op, &replayed, tensors, key);
     after = copies(written);
     for (size_t i = 0; i < written.size(); ++i) native_of_dense(written[i]).copy_(before[i]);
   }
@@ -115,6 +125,21 @@ void verify(PlanTable& table, const PlanKey& key, const Plan& plan, const c10::O
 
 void set_plan_stop(bool (*stop)()) { the_stop.store(stop, std::memory_order_release); }
 
+bool replay_lent(PlanTable& table, const c10::OperatorHandle& op, const torch::jit::Stack& arguments,
+                 torch::jit::Stack& results, c10::function_ref<void()> begin) {
+  check_fork();
+  const auto stop = the_stop.load(std::memory_order_acquire);
+  if (C10_UNLIKELY(stop == nullptr || stop() || verifying_plans())) return false;
+  CallTensors tensors;
+  PlanKey key;
+  if (describe_call(op, arguments, tensors, key)) return false;
+  const auto plan = table.ready(key);
+  if (!plan) return false;
+  begin();
+  plan->replay(op, arguments, tensors, key, results, /*written_too=*/false);
+  return true;
+}
+
 void run_planned(PlanTable& table, const c10::OperatorHandle& op, torch::jit::Stack* stack,
                  c10::function_ref<void(Recording*)> python) {
   check_fork();
@@ -132,7 +157,7 @@ void run_planned(PlanTable& table, const c10::OperatorHandle& op, torch::jit::St
   const auto found = table.look_up(key);
   if (C10_LIKELY(found.plan != nullptr)) {
     if (C10_UNLIKELY(verifying_plans())) return verify(table, key, *found.plan, op, stack, tensors, python);
-    return found.plan->replay(op, stack, tensors, key);
+    return replay(*found.plan, op, stack, tensors, key);
   }
   // What runs while a graph is captured must not compile, tune or be watched; a plan made before is fine.
   if (found.settled || plan_backend()->capturing(platform().current_stream(tensors.device)) || !table.sight(key)) {

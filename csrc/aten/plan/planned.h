@@ -19,6 +19,10 @@ struct Recording {
 void run_planned(PlanTable& table, const c10::OperatorHandle& op, torch::jit::Stack* stack,
                  c10::function_ref<void(Recording*)> python);
 
+// The same with lent arguments, if there is a plan that may be replayed; `begin` is called before.
+bool replay_lent(PlanTable& table, const c10::OperatorHandle& op, const torch::jit::Stack& arguments,
+                 torch::jit::Stack& results, c10::function_ref<void()> begin);
+
 // While `stop` says so, calls run in Python and nothing is recorded; it is asked before every call, on any thread.
 void set_plan_stop(bool (*stop)());
 

@@ -159,8 +159,8 @@ at::Tensor native_tensor(c10::StorageImpl* twin, at::ScalarType dtype, c10::IntA
   return result;
 }
 
-void Plan::replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const CallTensors& tensors,
-                  const PlanKey& key) const {
+void Plan::replay(const c10::OperatorHandle& op, const torch::jit::Stack& stack, const CallTensors& tensors,
+                  const PlanKey& key, torch::jit::Stack& results, bool written_too) const {
   Replay replay(*this, tensors, key);
   for (size_t i = 0; i < steps.size(); ++i) {
     const auto& step = steps[i];
@@ -173,20 +173,21 @@ void Plan::replay(const c10::OperatorHandle& op, torch::jit::Stack* stack, const
     if (i + 1 < steps.size()) replay.release(i);
   }
   for (const int slot : allocate_last) replay.allocate(slot);
-  c10::SmallVector<c10::IValue, 4> results;
-  const size_t n = op.schema().arguments().size();
-  const size_t first = stack->size() - n;
-  for (const auto& output : outputs) {
+  const auto& schema = op.schema();
+  const size_t first = stack.size() - schema.arguments().size();
+  results.reserve(results.size() + outputs.size());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const auto& output = outputs[i];
     if (output.argument >= 0) {
-      results.push_back((*stack)[first + output.argument]);
+      const auto* alias = schema.returns()[i].alias_info();
+      const bool left_out = !written_too && alias && alias->isWrite();
+      results.push_back(left_out ? c10::IValue() : stack[first + output.argument]);
     } else if (output.none) {
       results.emplace_back(at::Tensor());
     } else {
       results.emplace_back(replay.output(output.tensor));
     }
   }
-  torch::jit::drop(*stack, n);
-  for (auto& result : results) stack->push_back(std::move(result));
 }
 
 }  // namespace flagos

@@ -9,7 +9,10 @@
 
 namespace flagos {
 
-PlanTable::Found PlanTable::look_up(const PlanKey& key) {
+PlanTable::Found PlanTable::look_up(const PlanKey& key) { return find(key, true); }
+std::shared_ptr<const Plan> PlanTable::ready(const PlanKey& key) { return find(key, false).plan; }
+
+PlanTable::Found PlanTable::find(const PlanKey& key, bool counted) {
   std::lock_guard<SpinLock> lock(lock_);
   const auto found = entries_.find(key.hash);
   if (C10_LIKELY(found != entries_.end() && found->second.key == key)) {
@@ -20,7 +23,7 @@ PlanTable::Found PlanTable::look_up(const PlanKey& key) {
       return {entry.plan, true};
     }
     if (entry.state == Entry::kRefused) {
-      ++counts_.refused[entry.reason];
+      if (counted) ++counts_.refused[entry.reason];
       return {nullptr, true};
     }
   }
@@ -37,7 +40,7 @@ PlanTable::Found PlanTable::look_up(const PlanKey& key) {
       return {family->plan, true};
     }
   }
-  ++counts_.misses;
+  counts_.misses += counted;
   return {};
 }
 

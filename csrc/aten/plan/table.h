@@ -26,6 +26,8 @@ class PlanTable {
     bool settled = false;
   };
   Found look_up(const PlanKey& key);
+  // The plan alone; a call without one is not counted: it comes again.
+  std::shared_ptr<const Plan> ready(const PlanKey& key);
   // Notes that a call without a plan has come. True when it is to be recorded: at the second sighting of its key, or of
   // one that differs in the values of numbers alone. The first one runs in Python alone, because it may compile and
   // tune. Every true is answered by recorded().
@@ -58,6 +60,7 @@ class PlanTable {
     std::vector<bool> free;  // per number: its value is put in; else it must be the first call's
     bool apart = false;      // no plan can serve all
   };
+  Found find(const PlanKey& key, bool counted);
   void make_room();
   Family* family_of(const PlanKey& key, bool make);
   void join(const PlanKey& key, const std::shared_ptr<const Plan>& plan);
