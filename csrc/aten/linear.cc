@@ -30,8 +30,7 @@ using Addmm = at::_ops::addmm;
 
 // Nobody looks at the operators that a layer is made of.
 bool unwatched() {
-  return !at::hasCallbacks() &&
-         (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
+  return !at::hasCallbacks() && (c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty();
 }
 
 bool plain(const Tensor& t) {
