@@ -253,6 +253,10 @@ TABLES = {
     "opdb_flagos_py": (against_native, "scripts/gpu_suite.sh OUTDIR opdb_flaggems"),
     "plans_cuda": (plans, "python benchmarks/plan_sweep.py --json benchmarks/results/plans_cuda.json"),
     "tuned": (tuned, "python benchmarks/tuned.py --out benchmarks/results"),
+    "tuned_null_cuda": (
+        tuned,
+        "python -m tests.common.null_cuda python benchmarks/tuned.py --conf benchmarks/results/tuned.json --steps 0",
+    ),
     "tests_cuda": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
     "tests_two_gpus": (tests, "scripts/gpu_suite.sh OUTDIR tests"),
     "hal_cuda": (tests, "scripts/gpu_suite.sh OUTDIR hal"),

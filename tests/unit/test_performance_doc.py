@@ -111,6 +111,7 @@ RESULTS = {
         ],
     },
 }
+RESULTS["tuned_null_cuda"] = {"where": WHERE, "parts": RESULTS["tuned"]["parts"]}
 COUNTS = {"first": 800, "second": 1000, "in_torch_fl": 300, "plus": 200, "ratio": 1.25}
 RESULTS["instructions_null_cuda"] = {"pair": ["cuda", "flagos"], "where": WHERE, "rows": {"mm": COUNTS}}
 RESULTS["instructions_qwen3_null_cuda"] = RESULTS["instructions_null_cuda"]
@@ -130,6 +131,7 @@ SAYS = {
         "host 1.250, 1.500 of",
         "| cos | 0.70 | 0.80 |",
     ),
+    "tuned_null_cuda": ("| train | tuned | 1.100",),
     "tests_cuda": ("| 2 | 7 | 1 | 0", "cut off", "b.py::test_b: assert 1 == 2"),
     "tests_two_gpus": ("| 1 | 8 |",),
     "hal_cuda": ("| 1 | 9 |",),
