@@ -220,6 +220,19 @@ def check_in_place_returns_the_same_object():
     assert counts("add_.Tensor")["hits"] >= 1
 
 
+def check_calls_leave_references_as_they_were():
+    """Arguments are lent to replays: one reference too few would free them under the caller."""
+    x, y = random(7), random(7)
+    for _ in range(5):
+        x + y, x.add_(y), SILU(x), x + 2.5
+        try:
+            torch.exp(x)
+        except ValueError:
+            pass
+    assert counts("add_.Tensor")["hits"] >= 3 and counts("silu")["hits"] >= 3
+    assert (x._use_count(), y._use_count()) == (1, 1)
+
+
 def check_a_kernel_that_raises_is_no_failure_of_plans():
     assert judge("exp", torch.ops.aten.exp.default, ((random(4),), {}), ((random(4),), {}))[0] == "unserved"
 
@@ -248,6 +261,7 @@ def check_a_failing_launch_is_an_error():
         raise AssertionError("no error")
     null_cuda.library().cudaGetLastError()  # the stand-in notes it for the run time too, which a real driver does not
     x + y
+    assert (x._use_count(), y._use_count()) == (1, 1)
 
 
 def check_switching_off():
