@@ -80,6 +80,10 @@ def call(function, arguments):
     return function(*arguments[0], **arguments[1])
 
 
+def references(nest) -> list[int]:
+    return [t._use_count() for t in tensors_in(nest)]
+
+
 def judge(op: str, function, first, second, values: bool = False) -> tuple[str, str]:
     """("equal", ""), ("unequal", difference), ("refused", why), ("unused", why) or ("varies", why).
 
@@ -107,7 +111,11 @@ def judge(op: str, function, first, second, values: bool = False) -> tuple[str, 
         return "refused", next(iter(counts_of(op)["refused"]))
     if not counts_of(op)["plans"]:
         return "unused", "its Python kernel is not called, or never recorded"
-    return (judge_values if values else judge_launches)(op, function, second)
+    before = references(second)
+    verdict = (judge_values if values else judge_launches)(op, function, second)
+    if verdict[0] == "equal" and references(second) != before:  # a replay's arguments are lent
+        return "unequal", f"arguments have {references(second)} references after the replay, {before} before"
+    return verdict
 
 
 RECORD, REPLAY = (1.03, 1.04, 1.05), (1.07, 1.11)  # what numbers are multiplied with
