@@ -6,7 +6,7 @@
 // bit, whichever backend serves it. Whatever is not plain (other strides, forward-mode derivatives, a transform or mode
 // that watches operators, a profiler, a backward pass that is to be differentiated) takes the composition.
 #include <ATen/ATen.h>
-#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/alias_native.h>
 #include <ATen/ops/linear_native.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -59,9 +59,8 @@ bool plain_layer(const Tensor& input, const Tensor& weight, const Tensor* bias) 
       autograd::isFwGradDefined(input) || autograd::isFwGradDefined(weight)) {
     return false;
   }
-  if (!bias) return unwatched();
-  return unwatched() && bias->dim() == 1 && bias->size(0) == weight.size(0) && together(weight, *bias) &&
-         !autograd::isFwGradDefined(*bias);
+  return unwatched() && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && together(weight, *bias) &&
+                                   !autograd::isFwGradDefined(*bias)));
 }
 
 // ---- one product ---------------------------------------------------------------------------------------------------
@@ -96,15 +95,11 @@ template <class Op>
 bool is_native() {
   const Slot& slot = Route<Op>::slot;
   void* const kernel = slot.fast.load(std::memory_order_relaxed);
-  return C10_LIKELY(kernel != nullptr && kernel == slot.relabel);
+  return kernel != nullptr && kernel == slot.relabel;
 }
 
-// The matrix of a tensor's last dimension and all others, for any other kernel.
-Tensor matrix_of(const Tensor& t, bool turn) {
-  const auto columns = t.size(-1), rows = t.numel() / columns;
-  if (turn) return at::native::as_strided_tensorimpl(t, {columns, rows}, {1, columns});
-  return at::native::as_strided_tensorimpl(t, {rows, columns}, {columns, 1});
-}
+// For any other kernel, which gets flagos tensors.
+Tensor matrix_of(const Tensor& t, bool turn) { return shape_matrix(at::native::alias(t), turn); }
 
 // A kernel's new result under other sizes.
 Tensor under(Tensor product, at::IntArrayRef sizes) {
